@@ -1,0 +1,111 @@
+"""The main job, as a user types it: what it must reach, and that a kill at any moment changes nothing."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from nbformat import read as read_notebook
+
+from adflow.evaluate.forgetting import DEFINITIONS, forgetting_table
+from adflow.evaluate.metrics import METRICS
+from adflow.workbook.runs import read_json
+
+pytestmark = pytest.mark.slow
+SMALL = ['classes=[film, retina]', 'epochs=3', 'couplings=2', 'checkpoint_seconds=0.5']
+
+
+def command(outputs, *sets):
+    return [sys.executable, '-m', 'adflow.cli', 'run', 'params/moleflow/quickstart.yaml', '--outputs', str(outputs),
+            *(['--set', *sets] if sets else [])]
+
+def adflow_run(outputs, *sets):
+    done = subprocess.run(command(outputs, *sets), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return outputs / 'moleflow' / 'quickstart'
+
+def same_bits(a, b):
+    x, y = (pd.read_parquet(f / 'metrics.parquet') for f in (a, b))
+    assert list(x.columns) == list(y.columns) and len(x) == len(y)
+    for c in x:
+        if x[c].dtype.kind == 'f': assert np.array_equal(x[c].to_numpy().view('int64'), y[c].to_numpy().view('int64')), c
+        else: assert (x[c] == y[c]).all(), c
+
+def weights(folder):
+    checkpoint = folder / 'checkpoint'
+    return (checkpoint / (checkpoint / 'current').read_text().strip() / 'detector' / 'detector.safetensors').read_bytes()
+
+
+@pytest.fixture(scope='module')
+def quickstart(tmp_path_factory): return adflow_run(tmp_path_factory.mktemp('whole'))
+
+def test_reaches_what_the_readme_says(quickstart):
+    results = pd.read_parquet(quickstart / 'metrics.parquet')
+    assert {'stage', 'task', 'class', 'routed', *METRICS} <= set(results.columns)
+    tasks = results.task.nunique()
+    assert tasks >= 3 and len(results) == tasks * (tasks + 1)       # every seen class after every task, routed and oracle
+    final = results[(results.stage == results.stage.max()) & results.routed]
+    assert final.image_auroc.mean() >= .90
+    assert final.routing.mean() >= .99
+
+def test_forgets_nothing_on_any_metric(quickstart):
+    results = pd.read_parquet(quickstart / 'metrics.parquet')
+    table = forgetting_table(results)
+    measured = [d for d in DEFINITIONS if d != 'forgetting_pyclad']     # needs tasks scored before they were learned
+    assert (table[measured] == 0).all().all() and len(table) == len(METRICS)
+    state = json.loads(next((quickstart / 'checkpoint').glob('state-*/state.json')).read_text())
+    for before, after in zip(state['digests'], state['digests'][1:]):
+        assert all(after[owner] == bits for owner, bits in before.items())
+
+def test_leaves_a_complete_and_light_run_folder(quickstart):
+    for name in ('notebook.ipynb', 'report.html', 'metrics.parquet', 'params.yaml', 'manifest.json', 'checkpoint', 'figures'):
+        assert (quickstart / name).exists(), name
+    assert (quickstart / 'notebook.ipynb').stat().st_size < 2_000_000
+    nb = read_notebook(quickstart / 'notebook.ipynb', 4)
+    assert 'widgets' not in nb.metadata and not any('plotly.js' in str(c.get('outputs')) for c in nb.cells)
+    manifest = read_json(quickstart / 'manifest.json')
+    assert manifest['state'] == 'done' and manifest['peak_memory_gib'] < 3
+    assert {'versions', 'hardware', 'data', 'evaluator', 'seed'} <= set(manifest)
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory): return adflow_run(tmp_path_factory.mktemp('small'), *SMALL)
+
+@pytest.mark.parametrize('moment', ['early', 'first task', 'second task', 'end'])
+def test_kill_9_and_the_same_command_end_with_the_same_bits(small, tmp_path, moment):
+    partial = tmp_path / 'moleflow' / '.quickstart.partial'
+    def reached():
+        current = partial / 'checkpoint' / 'current'
+        if moment == 'early': return (partial / 'manifest.json').exists()
+        if not current.exists(): return False
+        state = read_json(partial / 'checkpoint' / current.read_text().strip() / 'state.json')
+        return {'first task': 'epoch' in state, 'second task': state.get('task') == 1 and 'epoch' in state,
+                'end': (partial / 'metrics.parquet').exists()}[moment]
+    child = subprocess.Popen(command(tmp_path, *SMALL), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.time() + 300
+    while not reached():
+        assert child.poll() is None and time.time() < end, f'never reached: {moment}'
+        time.sleep(.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert partial.exists() and not (tmp_path / 'moleflow' / 'quickstart').exists()
+    again = adflow_run(tmp_path, *SMALL)
+    assert len(read_json(again / 'manifest.json')['starts']) == 2
+    same_bits(small, again)
+    assert weights(small) == weights(again)
+
+def test_a_finished_run_is_not_run_again(small):
+    before = (small / 'metrics.parquet').stat().st_mtime_ns
+    done = subprocess.run(command(small.parents[1], *SMALL), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and 'done already' in done.stdout
+    assert (small / 'metrics.parquet').stat().st_mtime_ns == before
+
+def test_finetuning_really_forgets(tmp_path):
+    "The measure can show forgetting: without protection it is there."
+    run = adflow_run(tmp_path, *SMALL, 'strategy=finetune', 'epochs=5', 'lr=0.01')
+    table = forgetting_table(pd.read_parquet(run / 'metrics.parquet'))
+    assert table.loc['pixel_ap', 'forgetting_initial'] > .02, table

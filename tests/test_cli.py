@@ -1,4 +1,5 @@
 """The command line: exit codes, friendly errors, JSON for tools, and what `adflow test` counts."""
+import ast
 import json
 import os
 import re
@@ -36,6 +37,35 @@ def test_errors_are_one_line_with_the_nearest_name(capsys):
     assert code == 2 and err.startswith('adflow: ') and "Did you mean 'align'?" in err and 'Traceback' not in err
     code, _, err = said(capsys, 'run', 'nowhere.yaml')
     assert code == 2 and "There is no parameter file 'nowhere.yaml'" in err
+
+@pytest.mark.parametrize('argv, sets', [
+    ('--set lr=1 x.yaml', ['lr=1']), ('--set lr=1 seed=2 x.yaml --force', ['lr=1', 'seed=2']),
+    ('x.yaml --set lr=1 seed=2', ['lr=1', 'seed=2']), ('--set lr=1 --name a --set seed=2 x.yaml', ['lr=1', 'seed=2']),
+    ('--set=lr=1 x.yaml --set seed=2', ['lr=1', 'seed=2']), ('x.yaml --set lr', ['lr']), ('x.yaml', []),
+])
+def test_set_does_not_eat_the_file(argv, sets, monkeypatch):
+    called = []
+    monkeypatch.setattr('adflow.workbook.launch.run', lambda *a: called.append(a) or 0)
+    assert cli.main(['run', *argv.split()]) == 0
+    assert called == [('x.yaml', sets, 'outputs', '--force' in argv, 'a' if '--name' in argv else None)]
+
+def test_set_without_a_file_says_so(capsys):
+    with pytest.raises(SystemExit) as e: cli.main(['run', '--set', 'lr=1'])
+    assert e.value.code == 2 and 'required: params' in capsys.readouterr().err
+
+def test_every_package_that_is_imported_is_declared():
+    text = (ROOT / 'pyproject.toml').read_text()
+    declared = {re.match(r'[A-Za-z0-9_.-]+', d)[0].lower().replace('_', '-')
+                for part in re.findall(r'^(?:dependencies|dev) = \[(.*?)\]$', text, re.S | re.M)
+                for d in re.findall(r'"([^"]+)"', part)}
+    other = {'sklearn': 'scikit-learn', 'skimage': 'scikit-image', 'PIL': 'pillow', 'yaml': 'pyyaml'}
+    found = set()
+    for file in (ROOT / 'adflow').rglob('*.py'):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import): found |= {a.name.split('.')[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level: found.add(node.module.split('.')[0])
+    found = {other.get(m, m).lower().replace('_', '-') for m in found - set(sys.stdlib_module_names) - {'adflow'}}
+    assert {'filelock', 'nbformat', 'torch'} <= found and not found - declared, sorted(found - declared)
 
 def test_traceback_on_demand():
     for argv in (['--traceback', 'run', 'nowhere.yaml'], ['run', '--traceback', 'nowhere.yaml']):

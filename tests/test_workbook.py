@@ -12,14 +12,18 @@ import pandas as pd
 import psutil
 import pytest
 
+from adflow.flow.losses import build_losses
+from adflow.parts import PartError
 from adflow.workbook.launch import report, without_progress
-from adflow.workbook.params import ParamsError, load, read_yaml
-from adflow.workbook.runs import Run, list_runs, read_json, write_file
+from adflow.workbook.params import ParamsError, load, read_yaml, set_path
+from adflow.workbook.runs import Run, list_runs, read_json, update_manifest, write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = {
     'parameters': """
+        from typing import Literal
         steps: int = 3          # of the bar
+        finish: Literal['matt', 'gloss'] = 'matt'  # of the surface
         lr: float = 0.1         # a number
         blend: dict = {'salt': {'grams': 1.0}}  # a mapping
         fail: bool = False      # whether to fail
@@ -182,6 +186,34 @@ def test_kill_9_then_the_same_command(home):
     assert 'started from 4' in (home / 'outputs/tiny/quick/notebook.ipynb').read_text()
     assert len(read_json(home / 'outputs/tiny/quick/manifest.json')['starts']) == 2
 
+def test_a_partial_run_is_not_continued_by_other_code(home):
+    assert adflow(home, '--set', 'fail=true')[0] == 1
+    partial, notebook = home / 'outputs/tiny/.quick.partial', home / 'nbs/experiments/tiny.ipynb'
+    before, kept = notebook.read_text(), (partial / 'manifest.json').read_text()
+    # other prose and other stored outputs are no other code; another cell is
+    nb = json.loads(before)
+    nb['cells'][0]['source'] = '# Other words'
+    nb['cells'][2]['outputs'] = [{'output_type': 'stream', 'name': 'stdout', 'text': 'x'}]
+    notebook.write_text(json.dumps(nb))
+    update_manifest(partial, git=dict(commit='0' * 40, dirty=False))   # as if begun under another commit
+    code, _, err = adflow(home, '--set', 'fail=true')
+    assert code == 1 and 'resuming' in err                             # goes on, to the cell that fails
+    if read_json(partial / 'manifest.json').get('git'):                # a checkout with git
+        assert 'warning: tiny/quick goes on under other code: commit 00000000 → ' in err
+        assert read_json(partial / 'manifest.json')['mixed'][0].startswith('commit 00000000')
+    notebook.write_text(before.replace('time.sleep(.02)', 'time.sleep(.01)'))
+    code, _, err = adflow(home, '--set', 'fail=true')
+    assert code == 2 and "the notebook's code: " in err and 'Traceback' not in err and 'resuming' not in err
+    assert '--force' in err and '--name' in err
+    # another adflow, another evaluator
+    notebook.write_text(before)
+    (partial / 'manifest.json').write_text(kept)
+    update_manifest(partial, adflow='0.0.0', evaluator='0')
+    code, _, err = adflow(home, '--set', 'fail=true')
+    assert code == 2 and 'adflow: 0.0.0 → ' in err and 'the evaluator: 0 → ' in err
+    assert adflow(home, '--name', 'other')[0] == 0                     # the way out that is offered
+    assert (partial / 'checkpoint').is_dir() and (home / 'outputs/tiny/other').is_dir()
+
 @pytest.mark.slow
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_the_kernel_too(home, number, code):
@@ -221,6 +253,8 @@ def test_a_kernel_that_dies(home):
     ('lr:', 'lr: None is not float'),
     ('steps: 1\nsteps: 2', "quick.yaml:2: not readable as YAML: 'steps' stands twice"),
     ('run_dir: /tmp', 'set by the launcher'),
+    ('finish: glos', "quick.yaml:1: finish: 'glos' is not one of its values. Did you mean 'gloss'?"),
+    ('finish: 3', 'finish: 3 is not one of its values'),
     ('experiment: tinny', "no experiment 'tinny'. Did you mean 'tiny'?"),
     ('name: ../../up', 'it names a folder'),
     ('a: [', 'not readable as YAML'),
@@ -241,6 +275,54 @@ def test_the_default_of_the_notebook_is_not_changed_by_a_set(home):
     path = home / 'params/tiny/quick.yaml'
     assert load(path, ['blend.salt.grams=5']).values['blend'] == {'salt': {'grams': 5}}
     assert load(path).values['blend'] == {'salt': {'grams': 1.}}
+
+def test_the_order_of_sets_does_not_matter(home):
+    path = home / 'params/tiny/quick.yaml'
+    sets = ['blend.salt.grams=5', 'blend={salt: {grams: 2}}', 'lr=1']
+    assert load(path, sets).values['blend'] == load(path, sets[::-1]).values['blend'] == {'salt': {'grams': 5}}
+    with pytest.raises(ParamsError, match='--set lr is given twice'): load(path, ['lr=1', 'steps=2', 'lr=2'])
+    with pytest.raises(ParamsError, match='--set run_dir=/tmp: run_dir is set by `adflow run`'):
+        load(path, ['run_dir=/tmp'])
+
+QUICKSTART = ROOT / 'params/moleflow/quickstart.yaml'
+
+def test_another_part_drops_the_former_arguments_whatever_the_order():
+    for sets in (['subnet.rank=3', 'subnet.name=lora'], ['subnet.name=lora', 'subnet.rank=3']):
+        assert load(QUICKSTART, sets).values['subnet'] == {'name': 'lora', 'rank': 3}
+
+@pytest.mark.parametrize('sets, word', [
+    (['loss={name: nll}'], 'loss is a mapping of names, such as {nll: {}, tail: {weight: 0.7}}'),
+    (['loss={}'], 'loss is a mapping of names'),
+    (['loss={nll: null}'], 'nothing is left'),
+    (['loss.nll=null'], "takes its weight from 'nll'"),
+    (['loss.nll.reduce=sum'], 'use reduce: mean'),
+    (['loss.tial=0.5'], "Did you mean 'tail'?"),
+    (['loss.tail.wieght=0.5'], "Did you mean 'weight'?"),
+    (['loss.tail=strong'], 'or a weight'),
+    (['loss={nll: 0}'], 'all weights are zero'),
+    (['loss={nll: {name: tail}}'], "loss 'nll' takes no 'name'"),
+])
+def test_a_loss_that_cannot_be_built_is_refused_before_anything_runs(sets, word):
+    with pytest.raises(ParamsError, match=re.escape(word)): load(QUICKSTART, sets)
+    with pytest.raises(PartError): build_losses(unchecked(sets))
+
+@pytest.mark.parametrize('sets', [['loss.tail=0.5'], ['loss.tail=false'], ['loss.tail=null', 'loss.nll.reduce=sum'],
+                                  ['loss.logdet=true'], ['loss={nll: 2}']])
+def test_a_loss_that_can_be_built_is_accepted(sets):
+    assert build_losses(load(QUICKSTART, sets).values['loss']).weights
+
+def unchecked(sets):
+    values = dict(loss=load(QUICKSTART).values['loss'])
+    for text in sets: set_path(values, text)
+    return values['loss']
+
+def test_a_table_is_kept_in_a_run_and_made_anew_in_jupyter(tmp_path):
+    made = iter(range(9))
+    def table(): return pd.DataFrame([dict(x=next(made))])
+    kept, lab = Run(tmp_path / 'run'), Run('')
+    assert [kept.table('t', table).x[0] for _ in range(3)] == [0, 0, 0]
+    assert [Run(tmp_path / 'run').table('t', table).x[0], lab.table('t', table).x[0], lab.table('t', table).x[0]] \
+        == [0, 1, 2]
 
 def test_equal_parameters_are_the_same_run_however_they_are_written(home):
     path = home / 'params/tiny/quick.yaml'

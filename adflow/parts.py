@@ -146,6 +146,10 @@ class TaskModule(nn.Module):
         "Override: makes the weights that one more task slot owns."
         return None
 
+    def observe(self,
+        x: torch.Tensor,              # what reaches the part, from some images of the new slot
+    ): "Override, and call it in `forward` while `observing`: lets the slot start from data."
+
     @property
     def own(self):
         if self.slot is None:

@@ -38,7 +38,7 @@ class Strategy:
         "Asked when an epoch starts (or goes on after a kill); sets `requires_grad`."
         return dict.fromkeys(train_only(detector, slots, self.shared(task)), 1.)
 
-    def start(self, detector, task, features): "Before a task's first step; its slots exist. Not when resumed inside it."
+    def start(self, detector, task, features): "Before a task's first step, when its slots exist; not on a resumed one."
 
     def penalty(self,
         detector,

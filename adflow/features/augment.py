@@ -61,7 +61,7 @@ class Rotation(nn.Module):
 # %% ../../nbs/features/14_augment.ipynb #9261554a
 @AUGMENT.register('stn')
 class STN(nn.Module):
-    "A learned rotation, zoom or affine map of the image, trained through the backbone (seed 004; shared, outside the likelihood)."
+    "A learned rotation, zoom or affine map, trained through the backbone (seed 004; shared, outside the likelihood)."
     def __init__(self,
         mode: Literal['rotation', 'rotation_scale', 'affine'] = 'rotation', # what it may do
         hidden: int = 128,            # width of its regressor

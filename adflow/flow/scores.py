@@ -38,10 +38,9 @@ def maps_of(
     flow,                      # its slot in use
     features,                  # FeatureSet
     batch_size: int = 16,      # images
-) -> Tensor:                   # (N, H, W) float32 on the CPU
+) -> Tensor:                   # (N, H, W) float32, where the features are
     "Score maps of all images of a set."
-    out = [score(flow, features.batch(slice(i, i + batch_size))).float().cpu()
-           for i in range(0, len(features), batch_size)]
+    out = [score(flow, features.batch(slice(i, i + batch_size))).float() for i in range(0, len(features), batch_size)]
     return torch.cat(out) if out else torch.zeros(0, *features.grid)
 
 def held_or_training(
@@ -70,7 +69,7 @@ SCORES = Registry('score', 'how anomalous a patch is: score(flow, x (B,H,W,D)) â
 
 class Score(TaskModule):
     "Base of all scores: nothing to fit."
-    fits = False
+    fits = wants_defects = False
     def fit(self,
         flow,                      # the slot in use
         features,                  # the group's training normals
@@ -150,7 +149,7 @@ REFINE = Registry('refine', 'score maps look at their own neighbourhood: (B,H,W)
 @REFINE.register('none')
 class Refine(TaskModule):
     "Maps as they are."
-    fits = False
+    fits = wants_defects = False
     def fit(self,
         maps: Tensor,                      # (N, H, W) of held-out normals
         defect_maps: Tensor | None = None, # (M, H, W) of synthetic defects
@@ -169,7 +168,7 @@ def neighbour_mean(
 @REFINE.register('multi_scale_consistency')
 class MultiScaleConsistency(Refine):
     "Scores above their neighbours at several scales count less (seed 004, v5.6); trained on synthetic defects."
-    fits = True
+    fits = wants_defects = True
     def __init__(self,
         kernels: list[int] = (3, 5, 7),   # neighbourhoods in patches, odd
         temperature: float = 2.,          # T before it is fitted, in standard deviations of the excess

@@ -62,7 +62,7 @@ class Whitening(TaskModule):
     ) -> torch.Tensor:      # (B, H, W, D)
         return F.layer_norm(x, (self.dim,), *self.affine(), self.eps)   # one fused pass instead of norm, scale, shift
 
-# %% ../../nbs/adapters/20_align.ipynb #44560244
+# %% ../../nbs/adapters/20_align.ipynb #ffe5b13e
 @ALIGN.register('whitening_no_ln')
 class WhiteningNoLN(Whitening):
     "A bounded scale and shift per channel and task, without the norm (V4.4, failed; outside the likelihood)."
@@ -77,7 +77,7 @@ class WhiteningNoLN(Whitening):
         gamma, beta = self.affine()
         return torch.addcmul(beta, gamma, x)
 
-# %% ../../nbs/adapters/20_align.ipynb #f1d3a612
+# %% ../../nbs/adapters/20_align.ipynb #403a8e0e
 def linear(
     dim_in: int,
     dim_out: int,
@@ -86,7 +86,7 @@ def linear(
     bias: bool = True,
 ) -> nn.Linear:
     "`torch.nn.Linear` that starts from a generator, or at zero."
-    layer = nn.utils.skip_init(nn.Linear, dim_in, dim_out, bias=bias)
+    with torch.random.fork_rng(devices=[]): layer = nn.Linear(dim_in, dim_out, bias=bias)
     for p in layer.parameters():
         nn.init.zeros_(p) if zero else nn.init.uniform_(p, -dim_in ** -.5, dim_in ** -.5, generator=generator)
     return layer
@@ -100,7 +100,7 @@ def mlp(
     layers = [linear(i, o, generator, zero and n == len(dims) - 2) for n, (i, o) in enumerate(zip(dims, dims[1:]))]
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.GELU())][:-1])
 
-# %% ../../nbs/adapters/20_align.ipynb #daa091c8
+# %% ../../nbs/adapters/20_align.ipynb #82d9a4e0
 @ALIGN.register('film')
 class FiLM(TaskModule):
     "LayerNorm, free scale and shift, residual MLP behind an open gate; .9 identity on task 0 (v3; outside likelihood)."
@@ -138,7 +138,7 @@ class FiLM(TaskModule):
         y = h + self.own['gate'].sigmoid() * self.own.mlp(h)
         return torch.lerp(y, x, self.identity) if self.slot == 0 else y
 
-# %% ../../nbs/adapters/20_align.ipynb #9168d79a
+# %% ../../nbs/adapters/20_align.ipynb #26481c92
 @ALIGN.register('soft_ln')
 class SoftLN(FiLM):
     "FiLM on a learned mixture of the input and its LayerNorm (v3, the origin's 'without'; outside the likelihood)."
@@ -165,7 +165,7 @@ class SoftLN(FiLM):
         if 'share' in own: x = torch.lerp(x, F.layer_norm(x, (self.dim,), eps=self.eps), own['share'].sigmoid())
         return torch.addcmul(beta, gamma, x)
 
-# %% ../../nbs/adapters/20_align.ipynb #710030c6
+# %% ../../nbs/adapters/20_align.ipynb #cfaab632
 @ALIGN.register('instance_norm_mlp')
 class InstanceNormMLP(TaskModule):
     "Norm of each channel over the image and a residual MLP (v1, failed; gate open here; outside the likelihood)."
@@ -195,7 +195,7 @@ class InstanceNormMLP(TaskModule):
         n = (x - mean) * (var + self.eps).rsqrt()
         return n + self.own['gate'].sigmoid() * self.own.mlp(n)
 
-# %% ../../nbs/adapters/20_align.ipynb #bc608b73
+# %% ../../nbs/adapters/20_align.ipynb #6f5666ec
 @ALIGN.register('pca')
 class PCA(TaskModule):
     "Whitens with mean and covariance of the task's own patches, noise dropped or kept (outside the likelihood)."

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..adapters import attention_context  # noqa: F401  registers its parts
 from ..adapters.align import ALIGN
 from ..adapters.context import CONTEXT
 from ..adapters.position import POSITION

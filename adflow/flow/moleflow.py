@@ -19,6 +19,7 @@ from ..adapters.context import CONTEXT
 from ..adapters.position import POSITION
 from .branches import Scorer
 from .coupling import INVERTIBLE
+from . import margin, score_matching  # noqa: F401  register their losses
 from .losses import build_losses
 from ..features.augment import AUGMENT
 from ..parts import (DETECTORS, Detector, PartError, TaskModule, add_task, check_conflicts, load_weights, nearest,

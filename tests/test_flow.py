@@ -14,7 +14,7 @@ from torch import nn
 import adflow
 from adflow.flow.coupling import CouplingBlock, DIAFlow, PerPatch
 from adflow.flow.losses import build_losses, patch_nll
-from adflow.parts import REGISTRIES, TaskModule, add_task, slot_of, train_only, use_task
+from adflow.parts import REGISTRIES, TaskModule, add_task, observing, slot_of, train_only, use_task
 
 for m in pkgutil.walk_packages(adflow.__path__, 'adflow.'):    # what is written later registers itself and is tested
     if not m.name.startswith(('adflow.workbook', 'adflow.cli')): importlib.import_module(m.name)
@@ -66,8 +66,9 @@ def rand(*shape, seed=0, **kw): return torch.randn(*shape, generator=torch.Gener
 def features(dim, slot=0, n=4): return rand(n, *GRID, dim, seed=slot) * (1 + slot)
 
 def learn(root, x, slot, steps):
-    "Some steps of AdamW as the learner does them; returns what got a gradient in none of the steps, and the reason."
+    "A look at the data and some steps of AdamW as the learner does them; what got a gradient in no step, and why."
     use_task(root, slot)
+    with observing(root): root(x)
     train = train_only(root, [slot], shared=slot == 0)
     if not train: return {}
     opt, dead = torch.optim.AdamW(train.values(), lr=.02, weight_decay=.1), dict.fromkeys(train, 'is zero')

@@ -5,7 +5,7 @@
 # %% ../../nbs/continual/63_strategies.ipynb #295f7434
 from __future__ import annotations
 
-from ..parts import Registry
+from ..parts import Registry, train_only
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'Strategy', 'Freeze', 'Finetune']
@@ -14,16 +14,62 @@ __all__ = ['STRATEGIES', 'Strategy', 'Freeze', 'Finetune']
 STRATEGIES = Registry('strategy', 'what protects old tasks while a new one is learned')
 
 class Strategy:
-    "Says which weights a task may change."
+    "What a task may change, and what protects the tasks before it. The hooks do nothing unless overridden."
+    keeps_before = False      # whether `stepped` is called
+
+    def prepare(self, detector): "Called once, before the first slots exist; never on a resumed run."
+
     def shared(self,
-        task,             # the task about to be learned
-    ) -> bool:            # whether the weights that all tasks share may learn too
-        raise TypeError(f'{type(self).__name__} must define shared')
+        task,                 # `Task`
+    ) -> bool:                # whether the weights that all tasks share may learn on it
+        return task.index == 0
+
+    def classes(self,
+        task,                 # the task about to be learned
+        tasks,                # all up to and with it
+    ) -> tuple:               # the classes that are trained
+        return tuple(task.classes)
+
+    def trainable(self,
+        detector, task,
+        slots,                # of the groups that are trained
+        epoch: int, epochs: int,
+    ) -> dict:                # name → factor of the learning rate; the optimizer starts anew when the names change
+        "Asked when an epoch starts (or goes on after a kill); sets `requires_grad`."
+        return dict.fromkeys(train_only(detector, slots, self.shared(task)), 1.)
+
+    def start(self, detector, task, features): "Before a task's first step, when its slots exist; not on a resumed one."
+
+    def penalty(self,
+        detector,
+        x,                    # (B, H, W, D), the batch of the step
+        group: str,           # its group
+        generator,            # of the step
+        **state,              # what losses get too, such as `progress`
+    ):                        # scalar tensor, added to the loss of the step; 0: nothing
+        return 0.
+
+    def gradients(self,
+        detector,
+        params: dict,         # name → parameter
+    ): "After backward, before clipping and the optimizer's step: may change `p.grad` in place."
+
+    def stepped(self,
+        detector, params: dict,
+        before: dict,         # name → the weights before the optimizer's step
+    ): "After the optimizer's step, if `keeps_before`: may change the weights in place."
+
+    def finish(self, detector, task, features, generator): "After a task's last step: collects what the next need."
+
+    def state_dict(self) -> dict:
+        "Tensors by name: all that must survive a kill."
+        return {}
+
+    def load_state_dict(self, tensors: dict): "Takes back what `state_dict` gave."
 
 @STRATEGIES.register('freeze')
 class Freeze(Strategy):
     "Complete separation: shared weights learn on the first task only; no forgetting as long as routing is right."
-    def shared(self, task) -> bool: return task.index == 0
 
 @STRATEGIES.register('finetune')
 class Finetune(Strategy):

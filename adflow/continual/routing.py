@@ -70,7 +70,7 @@ def dense_precision(
     u = p['basis'].double()
     return (torch.eye(u.shape[1]) / p['rest'] + (u.T * (p['weight'] - 1 / p['rest'])) @ u).float()
 
-# %% ../../nbs/continual/66_routing.ipynb #f69166d8
+# %% ../../nbs/continual/66_routing.ipynb #7488743d
 ROUTERS = Registry('router', 'which group of adapters an unlabelled image belongs to')
 
 class Router:
@@ -94,6 +94,7 @@ class Router:
     def near(self, pooled: Tensor) -> Tensor:
         "As `distances`, but a router may write infinity for what a cheaper look rules out."
         return self.distances(pooled)
+    def restore(self, folder): "Override: reads what else its own `save` wrote."
     def inputs(self, features) -> Tensor:
         "What is compared with the prototypes."
         return features.pooled().float().cpu()
@@ -139,7 +140,7 @@ class Router:
         d, at = self.nearest(self.inputs(features))
         return self.answer(at[:, 0], d[:, -1] - d[:, 0])
 
-# %% ../../nbs/continual/66_routing.ipynb #6420bf74
+# %% ../../nbs/continual/66_routing.ipynb #8aafc918
 @patch
 def save(self: Router, folder):
     "Writes `router.json` and `router.safetensors`."
@@ -160,6 +161,7 @@ def load(cls: Router, folder) -> Router:
     of = {part: {k.split('.', 1)[1]: v for k, v in tensors.items() if k.startswith(part)} for part in ('bank', 'extra')}
     self.prototypes = [{**r, **{k: v[i] for k, v in of['bank'].items()}} for i, r in enumerate(meta['prototypes'])]
     self.extra = of['extra']
+    self.restore(Path(folder))
     return self
 
 # %% ../../nbs/continual/66_routing.ipynb #2603df6b

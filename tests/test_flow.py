@@ -28,7 +28,14 @@ HOUSES = {  # what the house gives to a part of a kind, and the channels of the 
                                 generator=torch.Generator().manual_seed(0)), DIM)}
 ARGUMENTS = {'coupling': [{}, {'global_affine': True}],        # what shall be tested instead of the defaults
              'lora': [{'rank': 2}, {'rank': 0}, {'rank': 2, 'first_task': False}],
-             'scale_context': [{'rank': 2, 'kernel': 3}]}
+             'scale_context': [{'rank': 2, 'kernel': 3}],
+             'film': [{}, {'identity': 0.}], 'soft_ln': [{}, {'later': False}],
+             'instance_norm_mlp': [{}, {'first_task': False}],
+             'pca': [{}, {'keep': 3, 'noise': 'drop'}, {'keep': .9, 'rotate_back': True}],
+             'content': [{'prototypes': 3}, {'mode': 'replace'}],
+             'mixer': [{'mode': m} for m in ('depthwise', 'depthwise_residual', 'local_stats', 'full')],
+             'multi_scale': [{}, {'regions': 0}], 'task_multi_scale': [{'rank': 2}],
+             'task_adaptive': [{}, {'mode': 'local_stats'}], 'patch_attention': [{'hidden': 6}]}
 
 def house_of(kind):
     "Which of the houses the parts of a kind live in; None: they are no parts of the flow."

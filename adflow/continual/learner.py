@@ -342,14 +342,15 @@ def _normals(self: Learner, task, tasks):
 @patch
 def _learn(self: Learner, task, part, log, setup):
     trainer, own = self.trainer, {'class': list(task.classes)}
-    trainer.held = self.features.where(split='validation', label=0, **own)
-    trainer.defects = None if self.defects is None else self.defects.where(**own)
+    trained = {'class': part.index['class'].unique().tolist()}
+    trainer.held = self.features.where(split='validation', label=0, **trained)
+    trainer.defects = None if self.defects is None else self.defects.where(**trained)
     def write(state, tensors):
         state = {'history': trainer.history, 'digests': log, 'setup': setup, 'task': task.index, **state}
         self.checkpoint.write(self.detector, self.router, state, tensors, trainer.strategy.state_dict())
     trainer.save = write if self.checkpoint else None
     self.router.learn(task, self.features.where(split='train', label=0, **own), self.detector)
     self.detector.learn(task, on_device(part, self.device), trainer)
-    self.router.calibrate(task, trainer.held, self.detector)
+    self.router.calibrate(task, trainer.held.where(**own), self.detector)
     log.append(digests(self.detector))
     if self.checkpoint: write({'task': task.index + 1}, {})

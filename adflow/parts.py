@@ -5,6 +5,7 @@
 # %% ../nbs/00_parts.ipynb #71905775
 from __future__ import annotations
 import difflib, inspect
+from contextlib import contextmanager
 from typing import get_type_hints
 
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 
 # %% auto #0
 __all__ = ['REGISTRIES', 'DETECTORS', 'nearest', 'PartError', 'Registry', 'describe', 'check_conflicts', 'TaskModule',
-           'task_modules', 'add_task', 'use_task', 'slot_of', 'train_only', 'Detector']
+           'task_modules', 'add_task', 'use_task', 'slot_of', 'train_only', 'observing', 'load_weights', 'lr_scales',
+           'Detector']
 
 # %% ../nbs/00_parts.ipynb #a837fe09
 def nearest(
@@ -132,6 +134,7 @@ def check_conflicts(
 # %% ../nbs/00_parts.ipynb #217cbb65
 class TaskModule(nn.Module):
     "A module with shared weights and one set of weights per task slot; `self.own` is the set of the slot in use."
+    observing = False                 # True while a new slot sees its first images, before it is trained: see `observe`
     def __init__(self):
         super().__init__()
         self.tasks, self.slot = nn.ModuleList(), None
@@ -143,6 +146,10 @@ class TaskModule(nn.Module):
         "Override: makes the weights that one more task slot owns."
         return None
 
+    def observe(self,
+        x: torch.Tensor,              # what reaches the part, from some images of the new slot
+    ): "Override, and call it in `forward` while `observing`: lets the slot start from data."
+
     @property
     def own(self):
         if self.slot is None:
@@ -150,8 +157,9 @@ class TaskModule(nn.Module):
         return self.tasks[self.slot]
 
 def task_modules(root: nn.Module) -> list[TaskModule]:
-    "All task modules at or below `root`, in the order of registration."
-    return [m for m in root.modules() if isinstance(m, TaskModule)]
+    "All task modules at or below `root`, in the order of registration; not those inside a slot, which it owns whole."
+    below = [m for m in root.children() if not (isinstance(root, TaskModule) and m is root.tasks)]
+    return [root] * isinstance(root, TaskModule) + [t for m in below for t in task_modules(m)]
 
 # %% ../nbs/00_parts.ipynb #07f2b694
 def add_task(
@@ -196,6 +204,39 @@ def train_only(
         p.requires_grad_(shared if s is None else s in slots)
         if p.requires_grad: train[name] = p
     return train
+
+# %% ../nbs/00_parts.ipynb #28338e45
+@contextmanager
+def observing(root: nn.Module):
+    "Within it, the parts at or below `root` may start from what passes through them; no gradients."
+    modules = [m for m in root.modules() if isinstance(m, TaskModule)]
+    for m in modules: m.observing = True
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for m in modules: m.observing = False
+
+def load_weights(
+    root: nn.Module,
+    tensors: dict[str, torch.Tensor],   # a complete state dict
+):
+    "Strict `load_state_dict` in which buffers take the shape they were saved with."
+    for name, b in root.named_buffers():
+        if name in tensors and b.shape != tensors[name].shape: b.resize_(tensors[name].shape)
+    root.load_state_dict(tensors)
+
+def lr_scales(
+    root: nn.Module,
+) -> dict[str, float]:                  # parameter → product of the `lr_scale` of all modules around it
+    "By how much the learning rate of each parameter is multiplied; a part says so by an attribute `lr_scale`."
+    out = {}
+    def walk(m, prefix, factor):
+        factor *= getattr(m, 'lr_scale', 1.)
+        out.update({prefix + k: factor for k, p in m._parameters.items() if p is not None})
+        for k, child in m._modules.items():
+            if child is not None: walk(child, f'{prefix}{k}.', factor)
+    walk(root, '', 1.)
+    return out
 
 # %% ../nbs/00_parts.ipynb #ea6b0ab7
 DETECTORS = Registry('detector', 'features in, score maps out', context=('dim', 'grid', 'seed'))

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/continual/68_learner.ipynb #6d18f6dd
 from __future__ import annotations
-import hashlib, json, math, os, shutil, time
+import hashlib, json, math, os, shutil, time, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import timm.optim
 import torch
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .strategies import STRATEGIES, Strategy
 from .tasks import Task
-from ..parts import Detector, PartError, Registry, slot_of, train_only
+from ..features.augment import draw
+from ..features.pseudo import patch_masks
+from ..parts import Detector, PartError, Registry, lr_scales, slot_of
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'learning_rate', 'Checkpoint', 'pack_optimizer', 'unpack_optimizer', 'batches', 'gradient_step',
+__all__ = ['OPTIMIZERS', 'learning_rate', 'Checkpoint', 'pack_optimizer', 'unpack_optimizer', 'batches', 'step_seed', 'by_group',
            'Trainer', 'Stage', 'digests', 'on_device', 'Learner']
 
 # %% ../../nbs/continual/68_learner.ipynb #4bee6c62
@@ -55,15 +58,16 @@ class Checkpoint:
         except FileNotFoundError: return None
         return path if (path/'state.json').exists() else None
 
-    def write(self, detector, router, state: dict, optimizer: dict[str, torch.Tensor]):
-        "Writes detector, router, optimizer and progress, then points at them."
+    def write(self, detector, router, state: dict, optimizer: dict[str, torch.Tensor], strategy: dict):
+        "Writes detector, router, the tensors of optimizer and strategy, and progress, then points at them."
         old = self.current
         new = self.folder/f"state-{int(old.name.split('-')[1]) + 1 if old else 0}"
         shutil.rmtree(new, ignore_errors=True)
         try:
             detector.save(new/'detector')
             router.save(new/'router')
-            save_file({k: v.detach().contiguous().cpu() for k, v in optimizer.items()}, new/'optimizer.safetensors')
+            for name, tensors in dict(optimizer=optimizer, strategy=strategy).items():
+                save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new/f'{name}.safetensors')
             (new/'state.json').write_text(json.dumps(state))
             (self.folder/'current.new').write_text(new.name)
             os.replace(self.folder/'current.new', self.folder/'current')
@@ -107,26 +111,20 @@ def batches(
     return [plan[i] for i in rng.permutation(len(plan))] if len(rows) > 1 else plan
 
 # %% ../../nbs/continual/68_learner.ipynb #feb6dcf7
-def gradient_step(detector, opt, params, features, group, rows, where, clip=.5, precision='float32') -> dict:
-    "One gradient step on one batch; returns its loss, the parts of the loss and the gradient norm."
-    x = features.batch(rows)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
-        loss, parts = detector.loss(x, group)
-    if not torch.isfinite(loss):
-        paths = features.index['image'].iloc[rows[:3]] if 'image' in features.index else rows[:3]
-        names = ', '.join(Path(str(p)).name for p in paths)
-        raise FloatingPointError(f'The loss became {loss.item()} in {where} (images {names} …). Lower the '
-                                 'learning rate or the number of'
-                                 ' couplings; features.check() tells whether the features are finite.')
-    opt.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(params.values(), clip or math.inf)
-    opt.step()
-    return {'loss': loss.item(), **{k: float(v) for k, v in parts.items()}, 'grad_norm': norm.item()}
+def step_seed(*numbers) -> int:
+    "A seed that follows from some numbers, such as (seed, task, epoch, step), and from nothing else."
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+def by_group(detector, features, task, task_of: dict) -> dict:
+    "Group of adapters → positions of its images."
+    rows = {}
+    for i, c in enumerate(features.index['class']):
+        rows.setdefault(detector.group_of(task_of.get(c, task.name), c), []).append(i)
+    return rows
 
 # %% ../../nbs/continual/68_learner.ipynb #dc572614
 class Trainer:
-    "Gradient steps for any detector with `loss(features, group) -> (loss, parts)` and `groups` (name → slot)."
+    "Gradient steps for any detector with `loss(x, group, **state) -> (loss, parts)` and `groups` (name → slot)."
     def __init__(self,
         epochs: int = 60,                  # per task
         batch_size: int = 16,              # images
@@ -153,40 +151,95 @@ class Trainer:
         self.optimizer, self.seed, self.precision, self.progress = optimizer, seed, precision, progress
         self.strategy = strategy if isinstance(strategy, Strategy) else STRATEGIES.build(strategy)
         self.checkpoint_seconds, self.history, self.resume, self.save = checkpoint_seconds, [], None, None
+        self.task_of, self.held, self.defects = {}, None, None    # set by the learner, for each task
 
-    def fit(self, detector, task: Task, features):
-        "Trains what the strategy allows on the task's images; continues from `self.resume` if that lies in this task."
-        rows = {}
-        for i, c in enumerate(features.index['class']): rows.setdefault(detector.group_of(task.name, c), []).append(i)
-        params = train_only(detector, [detector.groups[g] for g in rows], shared=self.strategy.shared(task))
-        opt = OPTIMIZERS.build(self.optimizer, params=list(params.values()), lr=self.lr)
-        state, self.resume = self.resume or {'epoch': 0, 'step': 0, 'logs': []}, None
+    def optimizer_for(self, detector, factors: dict) -> tuple:
+        "The optimizer of some parameters (name → factor of the learning rate), and these parameters by name."
+        scales, named, groups = lr_scales(detector), dict(detector.named_parameters()), {}
+        for name, f in factors.items(): groups.setdefault(f * scales[name], []).append(named[name])
+        groups = [{'params': ps, 'factor': f} for f, ps in groups.items()]
+        return OPTIMIZERS.build(self.optimizer, params=groups, lr=self.lr), {n: named[n] for n in factors}
+
+# %% ../../nbs/continual/68_learner.ipynb #cdd465c5
+@patch
+def step(self: Trainer, detector, opt, params, x, group, where, images=(), **state) -> dict:
+    "One gradient step on one batch; returns its loss, the parts of the loss and the gradient norm."
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bfloat16'):
+        loss, parts = detector.loss(x, group, **state)
+        extra = self.strategy.penalty(detector, x, group, **state)
+    if torch.is_tensor(extra): loss, parts = loss + extra, {**parts, 'penalty': extra.detach()}
+    if not torch.isfinite(loss):
+        names = ', '.join(Path(str(p)).name for p in images[:3])
+        raise FloatingPointError(f'The loss became {loss.item()} in {where} (images {names} …). Lower the learning '
+                                 'rate or the number of couplings; features.check() tells whether the features are '
+                                 'finite.')
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    self.strategy.gradients(detector, params)
+    norm = torch.nn.utils.clip_grad_norm_(params.values(), self.clip or math.inf)
+    before = {k: p.detach().clone() for k, p in params.items()} if self.strategy.keeps_before else None
+    opt.step()
+    if before is not None:
+        with torch.no_grad(): self.strategy.stepped(detector, params, before)
+    return {'loss': loss.item(), **{k: float(v) for k, v in parts.items()}, 'grad_norm': norm.item()}
+
+@patch
+def defect_batches(self: Trainer, detector, task):
+    "A function (group, n, generator) → features and patch masks of synthetic defects, None where there are none."
+    d = self.defects.where(split='train') if self.defects is not None else ()
+    if not len(d): return lambda group, n, generator: None
+    rows, masks = by_group(detector, d, task, self.task_of), patch_masks(d)
+    def batch(group, n, generator):
+        if group not in rows: return None
+        at = [rows[group][i] for i in torch.randint(len(rows[group]), (n,), generator=generator).tolist()]
+        return d.batch(at), masks[at].to(d.device)
+    return batch
+
+# %% ../../nbs/continual/68_learner.ipynb #a07e60d8
+@patch
+def fit(self: Trainer, detector, task: Task, features):
+    "Trains what the strategy allows on the task's images; continues from `self.resume` if that lies in this task."
+    rows, strategy = by_group(detector, features, task, self.task_of), self.strategy
+    slots = [detector.groups[g] for g in rows]
+    state, self.resume = self.resume or {'epoch': 0, 'step': 0, 'logs': []}, None
+    if 'folder' not in state: strategy.start(detector, task, features)
+    opt, params, defects = None, {}, self.defect_batches(detector, task)
+    n_steps = len(batches(rows, self.batch_size, self.seed, task.index, 0))
+    bar = tqdm(total=self.epochs * n_steps, initial=state['epoch'] * n_steps + state['step'],
+               disable=not self.progress, desc=f'learn {task.name}'[:40], unit='step', mininterval=.5)
+    detector.train()
+    saved = time.monotonic()
+    for epoch in range(state['epoch'], self.epochs):
+        factors = strategy.trainable(detector, task, slots, epoch, self.epochs)
+        if not factors:
+            warnings.warn(f'task {task.name}: nothing learns here, by strategy and parts.', stacklevel=2)
+            break
+        if opt is None or factors.keys() != params.keys(): opt, params = self.optimizer_for(detector, factors)
         if 'folder' in state:
             unpack_optimizer(opt, params, load_file(state['folder']/'optimizer.safetensors'), state['optimizer'])
-        n_steps = len(batches(rows, self.batch_size, self.seed, task.index, 0))
-        bar = tqdm(total=self.epochs * n_steps, initial=state['epoch'] * n_steps + state['step'],
-                   disable=not self.progress,
-                   desc=f'learn {task.name}'[:40], unit='step', mininterval=.5)
-        detector.train()
-        saved = time.monotonic()
-        for epoch in range(state['epoch'], self.epochs):
-            lr = learning_rate(epoch, self.epochs, self.lr, self.warmup if task.index else 0)
-            for g in opt.param_groups: g['lr'] = lr
-            plan = batches(rows, self.batch_size, self.seed, task.index, epoch)
-            for step in range(state['step'], len(plan)):
-                where = f'task {task.name}, epoch {epoch}, step {step}'
-                state['logs'].append(gradient_step(detector, opt, params, features, *plan[step], where,
-                                                   self.clip, self.precision))
-                bar.update(); bar.set_postfix(loss=f"{state['logs'][-1]['loss']:.1f}", refresh=False)
-                if self.save and time.monotonic() - saved > self.checkpoint_seconds:
-                    tensors, numbers = pack_optimizer(opt, params)
-                    self.save({'epoch': epoch, 'step': step + 1, 'logs': state['logs'], 'optimizer': numbers}, tensors)
-                    saved = time.monotonic()
-            means = {k: float(np.mean([l[k] for l in state['logs']])) for k in state['logs'][0]}
-            self.history.append({'task': task.name, 'epoch': epoch, 'lr': lr, **means})
-            state = {'step': 0, 'logs': []}
-        bar.close()
-        detector.eval()
+        lr = learning_rate(epoch, self.epochs, self.lr, self.warmup if task.index else 0)
+        for g in opt.param_groups: g['lr'] = lr * g['factor']
+        plan = batches(rows, self.batch_size, self.seed, task.index, epoch)
+        for n in range(state['step'], len(plan)):
+            (group, at), where = plan[n], f'task {task.name}, epoch {epoch}, step {n}'
+            g = torch.Generator().manual_seed(step_seed(self.seed, task.index, epoch, n))
+            x = draw(features, at, getattr(detector, 'augment', None), g)
+            images = features.index['image'].iloc[at] if 'image' in features.index else at
+            state['logs'].append(self.step(
+                detector, opt, params, x, group, where, list(images), generator=g, defects=defects(group, len(at), g),
+                progress=(epoch * len(plan) + n) / (self.epochs * len(plan))))
+            bar.update(); bar.set_postfix(loss=f"{state['logs'][-1]['loss']:.1f}", refresh=False)
+            if self.save and time.monotonic() - saved > self.checkpoint_seconds:
+                tensors, numbers = pack_optimizer(opt, params)
+                self.save({'epoch': epoch, 'step': n + 1, 'logs': state['logs'], 'optimizer': numbers}, tensors)
+                saved = time.monotonic()
+        means = {k: float(np.mean([l[k] for l in state['logs'] if k in l])) for k in state['logs'][0]}
+        self.history.append({'task': task.name, 'epoch': epoch, 'lr': lr, **means})
+        state = {'step': 0, 'logs': []}
+    bar.close()
+    g = torch.Generator().manual_seed(step_seed(self.seed, task.index, self.epochs, 0))
+    strategy.finish(detector, task, features, g)
+    detector.eval()
 
 # %% ../../nbs/continual/68_learner.ipynb #ca49222e
 @dataclass
@@ -220,7 +273,7 @@ def on_device(features, device):
     need, free = len(features) * math.prod(features.grid) * features.dim * 4, torch.cuda.mem_get_info(device)[0]
     return features.to(device) if need < free / 2 else features
 
-# %% ../../nbs/continual/68_learner.ipynb #06239c40
+# %% ../../nbs/continual/68_learner.ipynb #3b8843fb
 class Learner:
     "Teaches a detector and a router one task after the other, with checkpoints."
     def __init__(self,
@@ -230,9 +283,10 @@ class Learner:
         features,                  # FeatureSet with the training normals of all tasks
         checkpoint=None,           # folder; None: no checkpoints
         device: str = 'cpu',       # where the detector learns
+        defects=None,              # FeatureSet of synthetic defects, for the parts that want them
     ):
         self.detector, self.router, self.trainer = detector, router, trainer
-        self.features, self.device = features, device
+        self.features, self.device, self.defects = features, device, defects
         self.checkpoint = Checkpoint(checkpoint) if checkpoint else None
         if getattr(router, 'per', 'class') == 'task' and getattr(detector, 'adapters', 'task') == 'class':
             self.one_class_only = ("a router per task cannot choose between the adapters of a task's classes; "
@@ -241,50 +295,61 @@ class Learner:
 
     def setup(self, tasks) -> dict:
         "What a checkpoint must agree with to be continued."
-        router = {k: v for k, v in vars(self.router).items() if k != 'prototypes'}
+        router = {k: v for k, v in vars(self.router).items() if isinstance(v, (str, int, float, bool, type(None)))}
         return json.loads(json.dumps({
             'features': getattr(self.features, 'fingerprint', None), 'tasks': [t.classes for t in tasks],
             'detector': getattr(self.detector, 'settings', None), 'router': [type(self.router).__name__, router],
             'trainer': self.trainer.settings}, default=str))
 
-    def stages(self,
-        tasks: list[Task],         # in the order of learning
-    ) -> Iterator[Stage]:
-        "Learns the tasks one after the other; yields a `Stage` after each."
-        if self.one_class_only and any(len(t.classes) > 1 for t in tasks):
-            raise PartError(f'router: {self.one_class_only}')
-        parts = [self._normals(t) for t in tasks]
-        found, first, log, setup = self.checkpoint and self.checkpoint.read(), 0, [], self.setup(tasks)
-        if found:
-            folder, state = found
-            if other := [k for k in setup if setup[k] != state['setup'].get(k)]:
-                raise PartError(f"{folder} was learned with other {', '.join(other)}. Start over with --force or in "
-                                "another "
-                                'folder, or run it under another name.')
-            self.detector = type(self.detector).load(folder/'detector', self.device).eval()
-            self.router = type(self.router).load(folder/'router')
-            first, self.trainer.history, log = state['task'], state['history'], state['digests']
-            if 'epoch' in state: self.trainer.resume = {**state, 'folder': folder}
-        self.detector.to(self.device)
-        for task, part in zip(tasks, parts):
-            if task.index >= first: self._learn(task, part, log, setup)
-            yield Stage(task.index, tasks[:task.index + 1], self.detector, self.router, list(self.trainer.history),
-                        log[task.index], restored=task.index < first)
+# %% ../../nbs/continual/68_learner.ipynb #083d757c
+@patch
+def stages(self: Learner,
+    tasks: list[Task],         # in the order of learning
+) -> Iterator[Stage]:
+    "Learns the tasks one after the other; yields a `Stage` after each."
+    if self.one_class_only and any(len(t.classes) > 1 for t in tasks):
+        raise PartError(f'router: {self.one_class_only}')
+    parts, strategy = [self._normals(t, tasks[:i + 1]) for i, t in enumerate(tasks)], self.trainer.strategy
+    self.trainer.task_of = {c: t.name for t in tasks for c in t.classes}
+    found, first, log, setup = self.checkpoint and self.checkpoint.read(), 0, [], self.setup(tasks)
+    if found:
+        folder, state = found
+        if other := [k for k in setup if setup[k] != state['setup'].get(k)]:
+            raise PartError(f"{folder} was learned with other {', '.join(other)}. Start over with --force or in "
+                            "another "
+                            'folder, or run it under another name.')
+        self.detector = type(self.detector).load(folder/'detector', self.device).eval()
+        self.router = type(self.router).load(folder/'router')
+        first, self.trainer.history, log = state['task'], state['history'], state['digests']
+        strategy.load_state_dict(load_file(folder/'strategy.safetensors'))
+        if 'epoch' in state: self.trainer.resume = {**state, 'folder': folder}
+    else: strategy.prepare(self.detector)
+    self.detector.to(self.device)
+    for task, part in zip(tasks, parts):
+        if task.index >= first: self._learn(task, part, log, setup)
+        yield Stage(task.index, tasks[:task.index + 1], self.detector, self.router, list(self.trainer.history),
+                    log[task.index], restored=task.index < first)
 
-    def _normals(self, task):
-        part = self.features.where(split='train', label=0, **{'class': list(task.classes)})
-        for c, n in ((c, int((part.index['class'] == c).sum())) for c in task.classes):
-            if n < 2:
-                raise PartError(f"task {task.name}: class '{c}' has {n or 'no'} normal training images; it takes 2.")
-        return part
+@patch
+def _normals(self: Learner, task, tasks):
+    classes = self.trainer.strategy.classes(task, tasks)
+    part = self.features.where(split='train', label=0, **{'class': list(classes)})
+    for c, n in ((c, int((part.index['class'] == c).sum())) for c in task.classes):
+        if n < 2:
+            raise PartError(f"task {task.name}: class '{c}' has {n or 'no'} normal training images; it takes 2.")
+    return part
 
-    def _learn(self, task, part, log, setup):
-        self.router.learn(task, part)
-        def write(state, tensors): self.checkpoint.write(
-            self.detector, self.router, {'history': self.trainer.history, 'digests': log, 'setup': setup,
-                                         **state}, tensors)
-        self.trainer.save = (lambda state,
-                             tensors: write({'task': task.index, **state}, tensors)) if self.checkpoint else None
-        self.detector.learn(task, on_device(part, self.device), self.trainer)
-        log.append(digests(self.detector))
-        if self.checkpoint: write({'task': task.index + 1}, {})
+@patch
+def _learn(self: Learner, task, part, log, setup):
+    trainer, own = self.trainer, {'class': list(task.classes)}
+    trainer.held = self.features.where(split='validation', label=0, **own)
+    trainer.defects = None if self.defects is None else self.defects.where(**own)
+    def write(state, tensors):
+        state = {'history': trainer.history, 'digests': log, 'setup': setup, 'task': task.index, **state}
+        self.checkpoint.write(self.detector, self.router, state, tensors, trainer.strategy.state_dict())
+    trainer.save = write if self.checkpoint else None
+    self.router.learn(task, self.features.where(split='train', label=0, **own), self.detector)
+    self.detector.learn(task, on_device(part, self.device), trainer)
+    self.router.calibrate(task, trainer.held, self.detector)
+    log.append(digests(self.detector))
+    if self.checkpoint: write({'task': task.index + 1}, {})

@@ -48,14 +48,16 @@ class Router:
     def __init__(self):
         self.prototypes: list[dict] = []  # 'task', 'class' (None: the whole task), 'mean', 'precision', 'log_det'
 
-    def learn(self, task, features): raise TypeError(f'{type(self).__name__} must define learn')
+    def learn(self, task, features, detector=None): raise TypeError(f'{type(self).__name__} must define learn')
+    def calibrate(self, task, held, detector): "After the detector has learned the task; `held`: its held-out normals."
     def distances(self, pooled: Tensor) -> Tensor: raise TypeError(f'{type(self).__name__} must define distances')
 
     def route(self,
-        pooled: Tensor,           # (N, D) pooled features
+        features,                 # FeatureSet of N images
+        detector=None,            # for routers that ask it
     ) -> pd.DataFrame:            # N rows: `task`, `class` (None: a whole task), `margin` to the runner-up
         "The nearest prototype of each image, among the tasks learned so far."
-        d = self.distances(pooled)
+        d = self.distances(features.pooled())
         two = d.topk(min(2, d.shape[1]), largest=False)
         hit = [self.prototypes[i] for i in two.indices[:, 0].tolist()]
         return pd.DataFrame({'task': [p['task'] for p in hit], 'class': [p['class'] for p in hit],
@@ -77,7 +79,7 @@ class Mahalanobis(Router):
             raise PartError(f"router 'mahalanobis': shrinkage must be 'ledoit_wolf' or a number, got {shrinkage!r}.")
         self.per, self.shrinkage, self.log_det = per, shrinkage, log_det
 
-    def learn(self, task, features):
+    def learn(self, task, features, detector=None):
         "Adds the prototypes of a task from its normal images (any number of times: a second call replaces them)."
         self.prototypes = [p for p in self.prototypes if p['task'] != task.name]
         for c in (task.classes if self.per == 'class' else [None]):

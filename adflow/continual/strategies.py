@@ -10,13 +10,16 @@ from ..parts import PartError, Registry, train_only
 # %% auto #0
 __all__ = ['STRATEGIES', 'Strategy', 'Freeze', 'Finetune', 'SlowFast', 'Separate', 'Joint']
 
-# %% ../../nbs/continual/63_strategies.ipynb #f156d10f
+# %% ../../nbs/continual/63_strategies.ipynb #41cd47d2
 STRATEGIES = Registry('strategy', 'what protects old tasks while a new one is learned')
 
 class Strategy:
     "What a task may change, and what protects the tasks before it. The hooks do nothing unless overridden."
     keeps_before = False      # whether `stepped` is called
-    rate = 1.                 # learning rate of the epoch as a share of its peak; set by the trainer
+
+    def rate(self, epoch: int) -> float:
+        "Learning rate of an epoch as a share of its peak; the trainer puts its schedule here."
+        return 1.
 
     def prepare(self, detector): "Called once, before the first slots exist; never on a resumed run."
 
@@ -39,7 +42,7 @@ class Strategy:
         "Asked when an epoch starts (or goes on after a kill); sets `requires_grad`."
         return dict.fromkeys(train_only(detector, slots, self.shared(task)), 1.)
 
-    def start(self, detector, task, features): "Before a task's first step; its slots exist. Not if resumed inside it."
+    def start(self, detector, task, features): "Before a task's first step, when its slots exist; not on a resumed one."
 
     def penalty(self,
         detector,
@@ -78,14 +81,14 @@ class Finetune(Strategy):
     "No protection: shared weights go on learning with every task, the sequential baseline."
     def shared(self, task) -> bool: return True
 
-# %% ../../nbs/continual/63_strategies.ipynb #62039599
+# %% ../../nbs/continual/63_strategies.ipynb #ed7eb9d8
 @STRATEGIES.register('slow_fast')
 class SlowFast(Strategy):
     "Adapters first; at the end of a later task they rest, and the last shared blocks learn slowly (forgets)."
     def __init__(self,
         share: float = .15,       # of the epochs that are slow; at least one is, and one is not
         blocks: int = 2,          # K, the last blocks with shared weights that open
-        factor: float = .2,       # their learning rate, as a share of the peak
+        factor: float = .2,       # their learning rate at the start, as a share of the peak; then the cosine goes on
     ):
         if not 0 < share < 1: raise PartError(f"strategy 'slow_fast': share={share} must lie between 0 and 1.")
         if blocks < 1 or factor <= 0:
@@ -106,7 +109,8 @@ class SlowFast(Strategy):
         last = sorted(set(block.values()))[-self.blocks:]
         if not last: raise PartError("strategy 'slow_fast': no shared weights in `blocks`; use couplings: 1 or more.")
         for name, p in shared.items(): p.requires_grad_(block.get(name) in last)
-        return {name: self.factor / self.rate for name, b in block.items() if b in last}
+        factor = self.factor / self.rate(self.first_slow(epochs))
+        return {name: factor for name, b in block.items() if b in last}
 
 # %% ../../nbs/continual/63_strategies.ipynb #dd7c7d38
 @STRATEGIES.register('separate')

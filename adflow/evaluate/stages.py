@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .metrics import METRICS, evaluate_class
 from .scoring import image_scores, pixel_maps
+from ..features.augment import draw
 
 # %% auto #0
 __all__ = ['score_maps', 'StageEvaluator']
@@ -27,11 +28,13 @@ def score_maps(
 ) -> Tensor:                   # (N, H, W) float32 on the CPU
     "Score maps of all images of a set, in its order."
     out, groups = torch.empty(len(features), *features.grid), np.asarray(groups)
+    augment = getattr(detector, 'augment', None)
     for group in dict.fromkeys(groups.tolist()):
         rows = np.flatnonzero(groups == group)
         for i in range(0, len(rows), batch_size):
             part = rows[i:i + batch_size]
-            out[part] = detector.score(features.batch(part), group).float().cpu()
+            maps = detector.score(draw(features, part, augment), group).float()
+            out[part] = (augment.restore(maps) if hasattr(augment, 'restore') else maps).cpu()
     if not torch.isfinite(out).all():
         bad = features.index['image'].iloc[int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])]
         raise FloatingPointError(f'The score map of {bad} is not finite: the detector diverged on it. Lower the '
@@ -64,7 +67,7 @@ class StageEvaluator:
         for task, c in [(t, c) for t in stage.tasks for c in t.classes]:
             part = self.of(c)
             if not len(part): continue
-            said = stage.router.route(part.pooled())
+            said = stage.router.route(part, stage.detector)
             groups = [stage.detector.group_of(t, k or by_name[t].classes[0]) for t,
                       k in zip(said['task'], said['class'])]
             rows.append(pd.DataFrame({

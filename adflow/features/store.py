@@ -34,9 +34,10 @@ class FeatureSet:
         preprocess: Preprocess | None = None,
         device='cpu',            # where batches go
         given_masks: np.ndarray | None = None,   # (N, h, w), where there are no mask files
+        backbone: Backbone | None = None,        # what made them, for features of images changed on the fly
     ):
         self.index, self.parts, self.at, self.manifest, self.preprocess = index, parts, at, manifest, preprocess
-        self.device, self.given_masks = torch.device(device), given_masks
+        self.device, self.given_masks, self.backbone = torch.device(device), given_masks, backbone
 
     @property
     def grid(self): return tuple(self.parts[0]['features'].shape[1:3])
@@ -59,7 +60,7 @@ class FeatureSet:
             keep &= self.index[k].isin([v] if one else list(v)).to_numpy()
         masks = None if self.given_masks is None else self.given_masks[keep]
         return FeatureSet(self.index[keep].reset_index(drop=True), self.parts, self.at[keep], self.manifest,
-                          self.preprocess, self.device, masks)
+                          self.preprocess, self.device, masks, self.backbone)
 
     def _gather(self, rows, name):
         at = self.at[np.asarray(rows)]
@@ -92,7 +93,7 @@ def to(self: FeatureSet, device) -> FeatureSet:
     part = {k: self._gather(np.arange(len(self)), k).to(device) for k in self.parts[0]}
     at = np.stack([np.zeros(len(self), np.int64), np.arange(len(self))], 1)
     manifest = self.manifest | dict(fingerprint=self.fingerprint)
-    return FeatureSet(self.index, [part], at, manifest, self.preprocess, device, self.given_masks)
+    return FeatureSet(self.index, [part], at, manifest, self.preprocess, device, self.given_masks, self.backbone)
 
 @patch
 def check(self: FeatureSet, chunk: int = 64):
@@ -197,4 +198,5 @@ def extract(
     about = dict(preprocess=preprocess.describe(), backbone=backbone.describe(), dtype=dtype, batch=batch,
                  skipped=skipped, fingerprint=digest([p.settings for p in plans]), stores=stores,
                  seconds=round(time.time() - start, 2), extracted=todo)
-    return FeatureSet(index, parts, np.array([where[i] for i in index['image']]), about, preprocess, device)
+    return FeatureSet(index, parts, np.array([where[i] for i in index['image']]), about, preprocess, device,
+                      backbone=backbone)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,27 +18,35 @@ from ..adapters.context import CONTEXT
 from ..adapters.position import POSITION
 from .coupling import INVERTIBLE
 from .losses import build_losses, patch_nll
-from ..parts import DETECTORS, Detector, PartError, add_task, check_conflicts, nearest, slot_of, use_task
+from ..features.augment import AUGMENT
+from ..parts import (DETECTORS, Detector, PartError, TaskModule, add_task, check_conflicts, load_weights, nearest,
+                          observing, slot_of, use_task)
 
 # %% auto #0
-__all__ = ['MAIN_LOSS', 'PatchFlow', 'MoLEFlow', 'save_detector', 'load_detector', 'parameter_counts']
+__all__ = ['MAIN_LOSS', 'PatchFlow', 'SeparateFlow', 'MoLEFlow', 'save_detector', 'load_detector', 'parameter_counts']
 
 # %% ../../nbs/flow/49_moleflow.ipynb #5a5cbacb
 class PatchFlow(nn.Module):
     "Position → alignment → context → couplings → DIA; the arguments are those of `MoLEFlow`."
-    def __init__(self, dim, grid, position, align, context, subnet, couplings, dia_blocks, dia_hidden_ratio, clamp,
-                 global_affine, seed):
+    def __init__(self, dim, grid, position, align, context, subnet, invertible, norm, couplings, dia_blocks,
+                 dia_hidden_ratio, clamp, global_affine, seed):
         super().__init__()
-        check_conflicts(dict(position=position, align=align, context=context, subnet=subnet))
-        g, dims = torch.Generator().manual_seed(seed), [(*grid, dim)]
+        check_conflicts(dict(position=position, align=align, context=context, subnet=subnet, invertible=invertible))
+        g, (name, args) = torch.Generator().manual_seed(seed), INVERTIBLE.check(invertible)
+        given = {k: v for k, v in dict(clamp=clamp, global_affine=global_affine).items()
+                 if k in INVERTIBLE.arguments(name)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)      # for parts that draw from the global stream
-            self.position, self.align, self.context = (
-                r.build(s, dim=dim, grid=grid, generator=g)
-                for r, s in ((POSITION, position), (ALIGN, align), (CONTEXT, context)))
-            coupling = {'name': 'coupling', 'clamp': clamp, 'global_affine': global_affine}
+            self.position, self.align = (r.build(s, dim=dim, grid=grid, generator=g)
+                                         for r, s in ((POSITION, position), (ALIGN, align)))
+            dim = getattr(self.align, 'out_dim', dim)
+            self.context, dims = CONTEXT.build(context, dim=dim, grid=grid, generator=g), [(*grid, dim)]
             dia = {'name': 'dia', 'n_blocks': dia_blocks, 'hidden_ratio': dia_hidden_ratio, 'clamp': clamp}
-            blocks = [INVERTIBLE.build(coupling, dims_in=dims, subnet=subnet, generator=g) for _ in range(couplings)]
+            blocks = []
+            for _ in range(couplings):
+                if norm != 'none': blocks.append(INVERTIBLE.build(norm, dims_in=dims))
+                blocks.append(INVERTIBLE.build({'name': name, **given, **args}, dims_in=dims, subnet=subnet,
+                                               generator=g))
             if dia_blocks: blocks.append(INVERTIBLE.build(dia, dims_in=dims))
         self.blocks = nn.ModuleList(blocks)
 
@@ -52,7 +61,20 @@ class PatchFlow(nn.Module):
             log_det = log_det + ld
         return h, log_det
 
-# %% ../../nbs/flow/49_moleflow.ipynb #4ebb90a7
+# %% ../../nbs/flow/49_moleflow.ipynb #d1ef7185
+class SeparateFlow(TaskModule):
+    "A `PatchFlow` for every slot."
+    def __init__(self, **args):
+        super().__init__()
+        self.args = args
+    def task_weights(self, first, generator):
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        flow = PatchFlow(**self.args, seed=seed)
+        use_task(flow, add_task(flow, seed))
+        return flow
+    def forward(self, x): return self.own(x)
+
+# %% ../../nbs/flow/49_moleflow.ipynb #b7752a2a
 MAIN_LOSS = {'nll': {'weight': 1.}, 'tail': {'weight': .7, 'ratio': .02}, 'logdet': {'weight': 1e-4}}
 
 @DETECTORS.register('moleflow')
@@ -65,57 +87,103 @@ class MoLEFlow(Detector):
         align: str | dict = 'whitening', # alignment of each class (TSA)
         context: str | dict = 'mixer',   # shared spatial mixing before the flow
         subnet: str | dict = 'scale_context',   # predicts scale and shift (DCL)
-        couplings: int = 6,              # shared coupling blocks; 0: none
+        invertible: str | dict = 'coupling', # what is stacked: coupling, cross_patch, coupling_per_task
+        norm: Literal['none', 'actnorm'] = 'none', # before each of them
+        couplings: int = 6,              # how many; 0: none
         dia_blocks: int = 2,             # blocks of each class's own flow (ACL); 0: none
         dia_hidden_ratio: float = .5,    # their hidden channels, as a share of D
         clamp: float = 1.9,              # bound of every log-scale
         global_affine: bool = False,     # trained scale and offset per coupling (the origin had them, untrained)
         loss: dict | None = None,        # name → arguments; None: MAIN's
         adapters: Literal['class', 'task'] = 'class',  # what owns one set of adapters
+        separate: bool = False,          # every group owns a whole flow, nothing is shared
+        augment: str | dict = 'none',    # changes images before the backbone
         seed: int = 0,                   # of all weights and permutations
     ):
+        settings = {k: v for k, v in locals().items() if k not in ('self', '__class__')} | {'grid': list(grid)}
         super().__init__()
+        self.settings = settings
         if min(couplings, dia_blocks) < 0 or couplings + dia_blocks < 1:
             raise PartError(f'couplings={couplings}, dia_blocks={dia_blocks}: a flow needs at least one block, and '
                             'none less than 0.')
-        if adapters not in ('class', 'task'): raise PartError(f"adapters must be 'class' or 'task', got {adapters!r}.")
-        self.settings = {k: v for k, v in locals().items() if k not in ('self', '__class__')} | {'grid': list(grid)}
+        for key, value, known in (('adapters', adapters, ('class', 'task')), ('norm', norm, ('none', 'actnorm'))):
+            if value not in known: raise PartError(f'{key}: {value!r} is not one of its values.{nearest(value, known)}')
         self.dim, self.grid, self.adapters, self.seed, self.groups = dim, tuple(grid), adapters, seed, {}
-        self.flow = PatchFlow(dim, self.grid, position, align, context, subnet, couplings, dia_blocks, dia_hidden_ratio,
-                              clamp, global_affine, seed)
+        args = dict(dim=dim, grid=self.grid, position=position, align=align, context=context, subnet=subnet,
+                    invertible=invertible, norm=norm, couplings=couplings, dia_blocks=dia_blocks,
+                    dia_hidden_ratio=dia_hidden_ratio, clamp=clamp, global_affine=global_affine)
+        self.flow = SeparateFlow(**args) if separate else PatchFlow(**args, seed=seed)
         self.losses = build_losses(MAIN_LOSS if loss is None else loss)
+        self.augment = AUGMENT.build(augment)
 
     def forward(self, x: Tensor): return self.flow(x)
-
-    def loss(self, x: Tensor, group: str) -> tuple[Tensor, dict]:
-        "The weighted training loss of a batch of one group, and its parts."
-        use_task(self, self.groups[group])
-        return self.losses(*self(x))
-
-    @torch.no_grad()
-    def score(self,
-        features: Tensor,                # (B, H, W, D)
-        group: str,                      # whose adapters
-    ) -> Tensor:                         # (B, H, W) float32, nats; higher is more anomalous, may be negative
-        "Negative log-likelihood of every patch."
-        if group not in self.groups: raise PartError(f"No adapters for '{group}' yet.{nearest(group, self.groups)}")
-        if tuple(features.shape[1:]) != (*self.grid, self.dim):
-            raise ValueError(f'features are {tuple(features.shape[1:])} per image, not {(*self.grid, self.dim)} as '
-                             'built.')
-        use_task(self, self.groups[group])
-        return patch_nll(*self(features)).float()
-
-    def group_of(self, task: str, cls: str) -> str: return cls if self.adapters == 'class' else task
-
-    def learn(self, task, features, trainer):
-        "Makes room for the task's groups (unless a resumed run already has) and trains."
-        for c in task.classes:
-            if (g := self.group_of(task.name, c)) not in self.groups: self.groups[g] = add_task(self, self.seed)
-        trainer.fit(self, task, features)
-
     def save(self, folder): save_detector(self, folder)
     @classmethod
     def load(cls, folder, device='cpu'): return load_detector(cls, folder, device)
+
+# %% ../../nbs/flow/49_moleflow.ipynb #69a121a2
+@patch
+def make_separate(self: MoLEFlow):
+    "Gives every group a whole flow; only before the first is learned."
+    if self.groups: raise PartError('strategy: separate must be chosen before the first task is learned.')
+    if not self.settings['separate']: self.__init__(**self.settings | {'separate': True})
+
+@patch
+def loss(self: MoLEFlow,
+    x: Tensor,                       # (B, H, W, D)
+    group: str,
+    **state,                         # of the step: progress, generator, defects, …
+) -> tuple[Tensor, dict]:
+    "The weighted training loss of a batch of one group, and its parts."
+    use_task(self, self.groups[group])
+    flow = self.flow.own if self.settings['separate'] else self.flow
+    total, values = self.losses(*flow(x), x=x, flow=flow, group=group, **state)
+    if hasattr(self.augment, 'penalty') and x.requires_grad:
+        values['augment'] = (extra := self.augment.penalty()).detach()
+        total = total + extra
+    return total, values
+
+@patch
+@torch.no_grad()
+def score(self: MoLEFlow,
+    features: Tensor,                # (B, H, W, D)
+    group: str,                      # whose adapters
+) -> Tensor:                         # (B, H, W) float32, nats; higher is more anomalous, may be negative
+    "Negative log-likelihood of every patch."
+    if group not in self.groups: raise PartError(f"No adapters for '{group}' yet.{nearest(group, self.groups)}")
+    if tuple(features.shape[1:]) != (*self.grid, self.dim):
+        raise ValueError(f'features are {tuple(features.shape[1:])} per image, not {(*self.grid, self.dim)} as '
+                         'built.')
+    use_task(self, self.groups[group])
+    return patch_nll(*self(features)).float()
+
+@patch
+def group_of(self: MoLEFlow, task: str, cls: str) -> str: return cls if self.adapters == 'class' else task
+
+# %% ../../nbs/flow/49_moleflow.ipynb #c29df0a8
+@patch
+def learn(self: MoLEFlow, task, features, trainer):
+    "Makes room for the task's groups (unless a resumed run already has), lets parts look at data, and trains."
+    groups = {}
+    for c in task.classes: groups.setdefault(self.group_of(task.name, c), []).append(c)
+    for g, classes in groups.items():
+        if g in self.groups: continue
+        self.groups[g] = add_task(self, self.seed)
+        self.start(g, features.where(**{'class': classes}))
+    trainer.fit(self, task, features)
+
+@patch
+def start(self: MoLEFlow,
+    group: str,                      # whose slot is new
+    features,                        # FeatureSet of its normals
+    images: int = 64,                # at most so many, spread over the set
+):
+    "Parts that start from data (ActNorm, PCA) see some of it once, before training."
+    use_task(self, self.groups[group])
+    rows = sorted({round(i) for i in torch.linspace(0, len(features) - 1, min(images, len(features))).tolist()})
+    if any(type(m).observe is not TaskModule.observe for m in self.modules() if isinstance(m, TaskModule)):
+        with observing(self): self(features.batch(rows))
+
 
 # %% ../../nbs/flow/49_moleflow.ipynb #f29d8dd4
 def save_detector(detector: MoLEFlow, folder):
@@ -131,7 +199,7 @@ def load_detector(cls, folder, device='cpu') -> MoLEFlow:
     meta = json.loads((Path(folder)/'detector.json').read_text())
     detector = cls(**meta['settings'])
     detector.groups = {g: add_task(detector, detector.seed) for g in meta['groups']}
-    detector.load_state_dict(load_file(Path(folder)/'detector.safetensors'))
+    load_weights(detector, load_file(Path(folder)/'detector.safetensors'))
     return detector.to(device)
 
 def parameter_counts(

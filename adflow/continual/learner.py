@@ -200,6 +200,7 @@ def defect_batches(self: Trainer, detector, task):
 def fit(self: Trainer, detector, task: Task, features):
     "Trains what the strategy allows on the task's images; continues from `self.resume` if that lies in this task."
     rows, strategy = by_group(detector, features, task, self.task_of), self.strategy
+    strategy.rate = lambda e: learning_rate(e, self.epochs, 1., self.warmup if task.index else 0)
     slots = [detector.groups[g] for g in rows]
     state, self.resume = self.resume or {'epoch': 0, 'step': 0, 'logs': []}, None
     if 'folder' not in state: strategy.start(detector, task, features)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pandas as pd
 import torch
 
+from ..continual import protection, routers  # noqa: F401  register their strategies and routers
 from ..continual.learner import Learner, Trainer
 from ..continual.routing import ROUTERS
 from ..continual.tasks import make_tasks
@@ -20,6 +21,7 @@ from ..evaluate.stages import StageEvaluator
 from ..features.ensemble import extract_mixed
 from ..features.pseudo import make_defects
 from ..flow.moleflow import MoLEFlow
+from ..memory import patchcore  # noqa: F401  registers its detectors
 from ..parts import DETECTORS, PartError
 from .params import load
 

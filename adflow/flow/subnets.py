@@ -101,7 +101,7 @@ class ContextSubnet(nn.Module):
 
     def gated(self, x) -> tuple[torch.Tensor, torch.Tensor]:
         "The gate α, a number or (B, H, W, 1), and the context c, (B, H, W, dim_in)."
-        if isinstance(self.gate, nn.Parameter):
+        if torch.is_tensor(self.gate):      # a parameter, or what functional_call puts in its place
             alpha = self.alpha_max * self.gate.sigmoid()
             return alpha, self.context(x, gain=alpha)
         c = self.context(x)

@@ -1,4 +1,5 @@
 """Every idea of params/moleflow/ideas builds from its YAML, learns two tasks on tiny features, and scores them"""
+import copy
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +20,7 @@ SMALL = dict(epochs=2, batch_size=4, dia_blocks=1, validation=.1)
 CLASSES = 'abcd'
 
 def tiny(n=8, held=9, grid=(8, 8), layers=(5, 7)):
-    "Normal features of four classes on their own planes, held-out ones, test images with a bright square, and synthetic ones."
+    "Normal features of four classes on their own planes, held-out ones, test images with a square, and synthetic ones."
     g, parts, rows, masks = np.random.default_rng(0), [], [], []
     for k, c in enumerate(CLASSES):
         plane = g.normal(size=(4, sum(layers))) + k
@@ -35,7 +36,8 @@ def tiny(n=8, held=9, grid=(8, 8), layers=(5, 7)):
     fake = (index['split'] == 'synthetic').to_numpy()
     real = from_arrays(all_[~fake], index[~fake], masks=np.concatenate(masks)[~fake])
     twice = [index[fake].assign(split=s) for s in ('train', 'validation')]
-    painted = from_arrays(np.tile(all_[fake], (2, 1, 1, 1)), pd.concat(twice), masks=np.tile(np.concatenate(masks)[fake], (2, 1, 1)))
+    painted = from_arrays(np.tile(all_[fake], (2, 1, 1, 1)), pd.concat(twice),
+                          masks=np.tile(np.concatenate(masks)[fake], (2, 1, 1)))
     real.backbone = type('Net', (), {'layers': list(layers)})()
     return real, painted
 
@@ -48,16 +50,17 @@ class Tiny(Study):
     @cached_property
     def defects(self): return None if self.p.pseudo is None else PAINTED
     @cached_property
-    def tasks(self): return make_tasks(list(CLASSES), '2-2' if self.p.scenario == '2-2' else '1-1', self.p.order,
-                                       self.p.seed, **({'features': FEATURES} if isinstance(self.p.order, dict) else {}))[:2]
+    def tasks(self):
+        return make_tasks(list(CLASSES), self.p.scenario, self.p.order, self.p.seed, FEATURES)[:2]
 
 def smaller(values):
     "The same parts at the size of a test."
     out = values | SMALL | {'couplings': min(values['couplings'], 2)}
     for kind in ('subnet', 'context', 'align', 'loss', 'aggregate'):
-        if isinstance(out[kind], dict): out[kind] = {k: (v if not isinstance(v, dict) else dict(v)) for k, v in out[kind].items()}
+        if isinstance(out[kind], dict): out[kind] = copy.deepcopy(out[kind])
     if isinstance(out['subnet'], dict):
-        out['subnet'] |= {k: v for k, v in dict(rank=min(2, out['subnet'].get('rank', 2)), kernel=3).items() if k in out['subnet']}
+        few = dict(rank=min(2, out['subnet'].get('rank', 2)), kernel=3)
+        out['subnet'] |= {k: v for k, v in few.items() if k in out['subnet']}
     if isinstance(out['align'], dict) and 'keep' in out['align']: out['align']['keep'] = 6
     return out
 

@@ -17,6 +17,7 @@ from ..adapters import attention_context  # noqa: F401  registers its parts
 from ..adapters.align import ALIGN
 from ..adapters.context import CONTEXT
 from ..adapters.position import POSITION
+from . import latent_scores  # noqa: F401  registers scores and a loss
 from .branches import Scorer
 from .coupling import INVERTIBLE
 from . import margin, score_matching  # noqa: F401  register their losses
@@ -57,7 +58,14 @@ class PatchFlow(nn.Module):
         x: Tensor,                       # (B, H, W, D) features of one group, the one in use
     ) -> tuple[Tensor, Tensor]:          # z (B, H, W, D), log_det (B, H, W) float32
         "Latents and log-determinants."
-        h = self.context(self.align(self.position(x)))
+        return self.density(self.aligned(x))
+
+    def aligned(self, x: Tensor) -> Tensor:
+        "What the likelihood is a likelihood of: features with position, alignment and context, (B, H, W, D)."
+        return self.context(self.align(self.position(x)))
+
+    def density(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        "The invertible part: aligned features to latents and log-determinants."
         log_det = torch.zeros(h.shape[:-1], device=h.device)
         for block in self.blocks:
             (h,), ld = block((h,))

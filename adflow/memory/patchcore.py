@@ -75,16 +75,17 @@ class Banks(TaskModule):
         self.register_buffer('place', torch.zeros(0), persistent=False)      # knows the device
     def task_weights(self, first, generator): return Bank(self.dim)
 
-# %% ../../nbs/memory/61_patchcore.ipynb #3d16bc40
+# %% ../../nbs/memory/61_patchcore.ipynb #cd807c83
 class MemoryDetector(Detector):
     "Scores by the distance to the nearest member of a bank; says what a bank is in `fill`, `measure` and `slots`."
     def begin(self, given: dict):        # `locals()` of the constructor
         "Settings become attributes and, for JSON, a dict; what is wrong with them is said."
-        self.settings = {k: v for k, v in given.items() if k not in ('self', '__class__')} | {'grid': list(given['grid'])}
+        self.settings = {k: v for k, v in given.items() if k not in ('self', '__class__')}
         for k, v in self.settings.items(): setattr(self, k, v)
-        self.grid, self.groups, self.banks = tuple(self.grid), {}, Banks(self.dim)
+        self.settings['grid'], self.grid = list(self.grid), tuple(self.grid)
+        self.groups, self.banks = {}, Banks(self.dim)
         def refuse(what): raise PartError(f'detector {type(self).__name__}: {what}')
-        if self.neighbours < 0 or self.neighbours == 1: refuse(f'neighbours={self.neighbours}: 0 is off, else 2 or more.')
+        if self.neighbours < 0 or self.neighbours == 1: refuse(f'neighbours={self.neighbours}: 0 is off, or 2 or more.')
         if self.adapters not in ('class', 'task'): refuse(f"adapters must be 'class' or 'task', got {self.adapters!r}.")
         if not 0 < getattr(self, 'ratio', 1) <= 1: refuse(f'ratio={self.ratio} is not in (0, 1]; a number is size.')
         if self.size < ('ratio' not in self.settings): refuse(f'size={self.size} is too small.')
@@ -187,7 +188,7 @@ class PatchCore(MemoryDetector):
             bank = self.banks.tasks[slot]
             bank.members = x[rows].to(bank.mean.device)
 
-# %% ../../nbs/memory/61_patchcore.ipynb #e16704bc
+# %% ../../nbs/memory/61_patchcore.ipynb #41a4aff9
 class OneForAll:
     "Mixed into a memory: all members compete, whatever the group."
     def group_of(self, task: str, cls: str) -> str: return 'all'
@@ -201,7 +202,7 @@ class OneForAll:
 
 @DETECTORS.register('patchcore_joint')
 class PatchCoreJoint(OneForAll, PatchCore):
-    "PatchCore without routing: one bank that grows by the coreset of every task; old members stay, old scores can fall."
+    "PatchCore without routing: one bank that grows by each task's coreset; old members stay, old scores can fall."
     def __init__(self,
         dim: int,                        # D, channels per patch
         grid: tuple,                     # (H, W), patches

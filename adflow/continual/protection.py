@@ -50,7 +50,7 @@ def image_gradients(
     generator,                    # chooses them
 ):
     "Yields, image by image, name → gradient of its mean patch NLL by every shared weight, through its own adapters."
-    weights = {k: p.clone().requires_grad_() for k, p in shared_weights(detector).items()}
+    weights = {k: nn.Parameter(p.clone()) for k, p in shared_weights(detector).items()}    # parts may ask for the type
     if not weights: return
     for i in torch.randperm(len(features), generator=generator)[:n].tolist():
         use_task(detector, detector.groups[detector.group_of(task.name, features.index['class'].iloc[i])])
@@ -123,9 +123,9 @@ def project_out(
 def shared_linears(
     detector,
 ) -> dict[str, nn.Module]:        # name of the weight → its layer
-    "The layers y = W x + … whose W (out, in) all tasks share."
-    found = {f'{name}.weight': m for name, m in detector.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
-    return {k: m for k, m in found.items() if slot_of(k) is None and k.split('.')[-1] in m._parameters}
+    "The layers y = W x + … whose W (out, in) all tasks share; no subclass: it may use W otherwise (spectral)."
+    found = {f'{name}.weight': m for name, m in detector.named_modules() if type(m) in (nn.Linear, LoRALinear)}
+    return {k: m for k, m in found.items() if slot_of(k) is None}
 
 @torch.no_grad()
 def input_roots(
@@ -176,9 +176,9 @@ class OGP(Protection):
     def keeps_before(self): return bool(self.kept)
 
     def trainable(self, detector, task, slots, epoch, epochs) -> dict:
-        "With `inputs`, what is no linear layer (convolutions, gates, biases) stays as the first task left it."
+        "With `inputs`, what is no plain linear layer (convolutions, gates, biases) stays as the first task left it."
         factors = super().trainable(detector, task, slots, epoch, epochs)
-        if self.basis == 'gradients' or not self.kept: return factors
+        if self.basis == 'gradients' or task.index == 0: return factors
         for k, p in detector.named_parameters():
             if k in factors and slot_of(k) is None and f'basis/{k}' not in self.kept:
                 p.requires_grad_(False)
@@ -308,11 +308,12 @@ class Distill(Protection):
         if old: self.kept = {'old/slots': torch.tensor(old), **{f'teacher/{k}': v.clone() for k, v in state.items()}}
 
     def penalty(self, detector, x, group, generator, **state):
-        teacher, slots = self.of('teacher'), self.kept.get('old/slots')
+        teacher, slots, shared = self.of('teacher'), self.kept.get('old/slots'), shared_weights(detector)
         if not teacher or not self.weight: return 0.
         use_task(detector, int(slots[int(torch.randint(len(slots), (1,), generator=generator))]))
         x = x.detach()
-        with torch.no_grad(): z0, log_det0 = functional_call(detector, teacher, (x,))
+        weights = {k: nn.Parameter(v, False) if k in shared else v for k, v in teacher.items()}
+        with torch.no_grad(): z0, log_det0 = functional_call(detector, weights, (x,))
         z, log_det = detector(x)
         use_task(detector, detector.groups[group])
         latent = .5 * (z.float() - z0.float()).square().sum(-1).mean() if self.match != 'logprob' else 0.

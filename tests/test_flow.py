@@ -29,6 +29,12 @@ HOUSES = {  # what the house gives to a part of a kind, and the channels of the 
 ARGUMENTS = {'coupling': [{}, {'global_affine': True}],        # what shall be tested instead of the defaults
              'lora': [{'rank': 2}, {'rank': 0}, {'rank': 2, 'first_task': False}],
              'scale_context': [{'rank': 2, 'kernel': 3}],
+             'lora_context': [{'rank': 2, 'kernel': 3, 'gate': 'patch', 'gate_hidden': 4}],
+             'linear': [{'kernel': 3}, {'kernel': 0}], 'neighbour': [{'rank': 2}],
+             'spectral': [{'rank': 2, 'kernel': 3}, {'rank': 0, 'kernel': 0, 'norm': 2.}],
+             'spatial_lora': [{'rank': 2, 'cells': 2, 'kernel': 3}, {'cells': 3, 'kernel': 0, 'first_task': False}],
+             'cross_patch': [{'context': c} for c in ('fixed', 'learned', 'per_task')],
+             'coupling_per_task': [{}, {'global_affine': True}],
              'film': [{}, {'identity': 0.}], 'soft_ln': [{}, {'later': False}],
              'instance_norm_mlp': [{}, {'first_task': False}],
              'pca': [{}, {'keep': 3, 'noise': 'drop'}, {'keep': .9, 'rotate_back': True}],

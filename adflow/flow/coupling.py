@@ -125,7 +125,7 @@ class CrossPatchCoupling(CouplingBlock):
         dims_in: list,                    # [(H, W, D)]; H and W are not used
         dims_c: list | None = None,       # conditions: none allowed
         subnet: Any = 'lora',             # as for the coupling; it gets the context beside the half that passes
-        context: Literal['fixed', 'learned', 'per_task'] = 'fixed', # a mean; trained on the first task; by each task
+        context: Literal['learned', 'fixed', 'per_task'] = 'learned', # on the first task; a mean; by each task
         kernel: int = 3,                  # neighbourhood in patches, odd
         share: float = .3,                # of the neighbourhood in the context, at the start if it is trained
         border: Border = 'reflect',       # beyond the grid: mirrored or zeros

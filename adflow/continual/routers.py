@@ -20,7 +20,7 @@ from ..parts import PartError, nearest
 # %% auto #0
 __all__ = ['Euclidean', 'Regional', 'TwoStage', 'find_clusters', 'Clustered', 'Oracle']
 
-# %% ../../nbs/continual/67_routers.ipynb #b9262b19
+# %% ../../nbs/continual/67_routers.ipynb #bc83b741
 @ROUTERS.register('euclidean')
 class Euclidean(Router):
     "The nearest mean of pooled features, per class or per task."
@@ -39,7 +39,8 @@ class Euclidean(Router):
     def distances(self,
         pooled: Tensor,                  # (N, D)
     ) -> Tensor:                         # (N, number of prototypes), squared
-        return torch.cdist(pooled.float().cpu(), self.bank['mean'], compute_mode='donot_use_mm_for_euclid_dist').square()
+        means = self.bank['mean']
+        return torch.cdist(pooled.float().cpu() - means.mean(0), means - means.mean(0)).square()
 
 # %% ../../nbs/continual/67_routers.ipynb #b680cabc
 @ROUTERS.register('regional')
@@ -83,10 +84,10 @@ class Regional(Router):
 
     def restore(self, folder): self.parts = [Router.load(folder/f'region-{r}') for r in range(len(self.parts))]
 
-# %% ../../nbs/continual/67_routers.ipynb #4fc75ee7
+# %% ../../nbs/continual/67_routers.ipynb #f7a4f9dd
 @ROUTERS.register('two_stage')
 class TwoStage(Router):
-    "Prototypes name the candidates, the detector's likelihood decides, calibrated on each one's normals (seed 004, v3-5)."
+    "Prototypes name candidates, the detector's likelihood, calibrated per candidate, decides (seed 004, v3-5)."
     def __init__(self,
         first: str | dict = 'mahalanobis',  # the router that names candidates
         k: int = 2,                      # how many
@@ -113,9 +114,10 @@ class TwoStage(Router):
         self.changed()
         self.prototypes = [p for p in self.prototypes if p['task'] != task.name]
         for c in dict.fromkeys(p['class'] for p in self.stage.prototypes if p['task'] == task.name):
-            parts = [f.where(**{'class': c}) if c is not None else f for f in (held, self.normals[task.name]) if f is not None]
-            group = detector.group_of(task.name, c or task.classes[0])
+            parts = [f for f in (held, self.normals[task.name]) if f is not None]
+            if c is not None: parts = [f.where(**{'class': c}) for f in parts]
             normal = next((f for f in parts if len(f) >= 5), parts[-1])
+            group = detector.group_of(task.name, c or task.classes[0])
             s = self.statistics(normal, np.arange(len(normal)), group, detector)
             self.prototypes.append({'task': task.name, 'class': c, 'group': group, 'center': s.mean()[None],
                                     'spread': s.std()[None] + 1e-9 * s.abs().mean() + 1e-12})
@@ -127,7 +129,7 @@ class TwoStage(Router):
         own = {(p['task'], p['class']): i for i, p in enumerate(self.prototypes)}
         keys = [(p['task'], p['class']) for p in self.stage.prototypes]
         if missing := [keys[i] for i in named.unique().tolist() if keys[i] not in own]:
-            raise PartError(f"router 'two_stage': {missing[0][0]} was not calibrated; call calibrate after it was learned.")
+            raise PartError(f"router 'two_stage': {missing[0][0]} was not calibrated; call calibrate afterwards.")
         at = torch.tensor([own.get(k, -1) for k in keys])[named]
         z = torch.full(at.shape, float('inf')).double()
         for i in at.unique().tolist():                                              # groups, not images
@@ -142,7 +144,7 @@ class TwoStage(Router):
 
     def restore(self, folder): self.stage = Router.load(folder/'first')
 
-# %% ../../nbs/continual/67_routers.ipynb #ef90811d
+# %% ../../nbs/continual/67_routers.ipynb #e9792e76
 def find_clusters(
     x,                       # (n, D)
     most: int = 8,           # clusters
@@ -173,7 +175,8 @@ class Clustered(Mahalanobis):
         seed: int = 0,                   # of k-means
     ):
         settings = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
-        if most < 1 or least < 2: raise PartError(f"router 'clustered': most={most}, least={least}: at least 1 and 2.")
+        if most < 1 or least < 2:
+            raise PartError(f"router 'clustered': most={most}, least={least}: give at least 1 and 2.")
         super().__init__('task', shrinkage, log_det, rank=rank, shortlist=shortlist)
         vars(self).update(settings, settings=settings)
 
@@ -184,7 +187,7 @@ class Clustered(Mahalanobis):
         labels = find_clusters(x, self.most, self.least, self.silhouette, self.seed)
         for j in range(labels.max() + 1): self.add(task.name, None, x[torch.from_numpy(labels == j)])
 
-# %% ../../nbs/continual/67_routers.ipynb #370550cd
+# %% ../../nbs/continual/67_routers.ipynb #6884d6ef
 @ROUTERS.register('oracle')
 class Oracle(Router):
     "Reads the class from the index: the upper bound of every router."
@@ -198,6 +201,7 @@ class Oracle(Router):
     def route(self, features, detector=None):
         at = {p['class']: i for i, p in enumerate(self.prototypes)}
         if unknown := [c for c in features.index['class'].unique() if c not in at]:
-            raise PartError(f"router 'oracle': no task with the class '{unknown[0]}' was learned.{nearest(unknown[0], at)}")
+            raise PartError(f"router 'oracle': no task with the class '{unknown[0]}' was learned."
+                            f'{nearest(unknown[0], at)}')
         return self.answer(torch.tensor([at[c] for c in features.index['class']], dtype=torch.long),
                            torch.full((len(features),), float('inf')))

@@ -164,7 +164,7 @@ def load(cls: Router, folder) -> Router:
     self.restore(Path(folder))
     return self
 
-# %% ../../nbs/continual/66_routing.ipynb #2603df6b
+# %% ../../nbs/continual/66_routing.ipynb #9ebd3d93
 BYTES = 100_000    # per prototype, at the default rank
 
 @ROUTERS.register('mahalanobis')
@@ -211,7 +211,8 @@ class Mahalanobis(Router):
         d = x.shape[1]
         rank = max((BYTES // 4 - 3 * d - 8) // (d + 1), 1) if self.rank is None else self.rank
         p = fit_gaussian(x, self.shrinkage, rank if self.precision == 'low_rank' else None)
-        if self.precision == 'full': p = {**{k: p[k] for k in ('mean', 'spread', 'log_det')}, 'matrix': dense_precision(p)}
+        if self.precision == 'full':
+            p = {k: p[k] for k in ('mean', 'spread', 'log_det')} | {'matrix': dense_precision(p)}
         elif self.precision == 'shared': p = {'mean': self._pool(x)}
         self.prototypes.append({'task': task, 'class': cls, **more, **p})
 
@@ -256,7 +257,7 @@ def near(self: Mahalanobis,
         out[rows[:, None], part] = d.view(-1, k)
     return out
 
-# %% ../../nbs/continual/66_routing.ipynb #46fdea25
+# %% ../../nbs/continual/66_routing.ipynb #c919654f
 @patch
 def _open(self: Mahalanobis, task):
     "Makes room for the scatter of a task."
@@ -285,8 +286,8 @@ def _shared(self: Mahalanobis, x) -> Tensor:
     if self._index is None:
         (n, fourth), s = self.extra['moments'].sum(0).tolist(), self.extra['scatter'].sum(0)
         d, means = len(s), self.bank['mean'].double()
-        factor, ridge = regularize(self.shrinkage, n, d, s.trace().item() / n, s.square().sum().item() / n**2, fourth / n,
-                                   len(means))
+        moments = s.trace().item() / n, s.square().sum().item() / n**2, fourth / n
+        factor, ridge = regularize(self.shrinkage, n, d, *moments, len(means))
         lam, vec = torch.linalg.eigh(factor * s + ridge * torch.eye(d))
         if lam[0] <= 1e-15 * lam[-1]: raise PartError('The shared covariance is singular; raise the shrinkage.')
         origin, white = means.mean(0), vec / lam.sqrt()

@@ -103,17 +103,16 @@ class Upsampling(Gaussian):
 
 @SMOOTHING.register('multi_sigma')
 class MultiSigma:
-    "Weighted mean, or maximum, over several Gaussians (seed 004: .6·G₂ + .4·G₄; proposed, never tried)."
+    "Mean, weighted or not, or maximum over several Gaussians (seed 004: .6·G₂ + .4·G₄; proposed, never tried)."
     fits = False
     def __init__(self,
         sigmas: list[float] = (2., 4.),         # in pixels
-        weights: list[float] | None = (.6, .4), # of the mean, made to sum to 1; None: all the same
+        weights: list[float] | None = None,     # of the mean, made to sum to 1; None: all the same
         reduce: Literal['mean', 'max'] = 'mean',
         align_corners: bool = False,
     ):
         self.sigmas, self.reduce, self.align_corners = _sigmas('multi_sigma', *sigmas), reduce, align_corners
-        default = weights is None or (tuple(weights) == (.6, .4) and len(sigmas) != 2)
-        w = np.ones(len(sigmas)) if default else np.asarray(weights, float)
+        w = np.ones(len(sigmas)) if weights is None else np.asarray(weights, float)
         if len(w) != len(sigmas) or not (w >= 0).all() or not w.sum():
             raise PartError(f"smoothing 'multi_sigma': weights={weights} for {len(sigmas)} sigmas: as many, none < 0.")
         self.weights = (w / w.sum()).tolist()

@@ -144,25 +144,28 @@ class Backbone:
         self.pools = nn.ModuleList(PatchPool(s[1], d, chosen['pool'], border, kernel) for s, d in zip(shapes, dims))
         self.to(device)
 
-    def _dims(self, channels, dim):
-        "How many channels each layer contributes."
-        wide = self.settings['kernel']**2 if self.settings['pool'] == 'unfold' else 1
-        if self.settings['combine'] == 'mean':
-            dims = [c * wide for c in channels] if dim == 'all' else [dim] * len(channels)
-            if len(set(dims)) > 1: raise PartError(f'combine: mean needs one dim for {channels} channels, such as 768.')
-            return dims
-        if dim == 'all': return [c * wide for c in channels]
-        share, rest = divmod(dim, len(channels))
-        return [share + (i < rest) for i in range(len(channels))]
+# %% ../../nbs/features/11_backbone.ipynb #183956c5
+@patch
+def _dims(self: Backbone, channels, dim):
+    "How many channels each layer contributes."
+    wide = self.settings['kernel']**2 if self.settings['pool'] == 'unfold' else 1
+    if self.settings['combine'] == 'mean':
+        dims = [c * wide for c in channels] if dim == 'all' else [dim] * len(channels)
+        if len(set(dims)) > 1: raise PartError(f'combine: mean needs one dim for {channels} channels, such as 768.')
+        return dims
+    if dim == 'all': return [c * wide for c in channels]
+    share, rest = divmod(dim, len(channels))
+    return [share + (i < rest) for i in range(len(channels))]
 
-    def _resize(self):
-        "Fits a ViT's position embedding to the image size."
-        if not self.is_vit: return
-        p = self.net.patch_embed.patch_size
-        if any(s % q for s, q in zip(self.image_size, p)):
-            good = tuple(max(round(s / q), 1) * q for s, q in zip(self.image_size, p))
-            raise PartError(f"'{self.name}' cuts {p}: size {self.image_size} does not fit, {good} does.")
-        if self.image_size != tuple(self.net.patch_embed.img_size): self.net.set_input_size(img_size=self.image_size)
+@patch
+def _resize(self: Backbone):
+    "Fits a ViT's position embedding to the image size."
+    if not self.is_vit: return
+    p = self.net.patch_embed.patch_size
+    if any(s % q for s, q in zip(self.image_size, p)):
+        good = tuple(max(round(s / q), 1) * q for s, q in zip(self.image_size, p))
+        raise PartError(f"'{self.name}' cuts {p}: size {self.image_size} does not fit, {good} does.")
+    if self.image_size != tuple(self.net.patch_embed.img_size): self.net.set_input_size(img_size=self.image_size)
 
 # %% ../../nbs/features/11_backbone.ipynb #d2a7b309
 @patch

@@ -62,7 +62,7 @@ class Whitening(TaskModule):
     ) -> torch.Tensor:      # (B, H, W, D)
         return F.layer_norm(x, (self.dim,), *self.affine(), self.eps)   # one fused pass instead of norm, scale, shift
 
-# %% ../../nbs/adapters/20_align.ipynb #ffe5b13e
+# %% ../../nbs/adapters/20_align.ipynb #2e7d0252
 @ALIGN.register('whitening_no_ln')
 class WhiteningNoLN(Whitening):
     "A bounded scale and shift per channel and task, without the norm (V4.4, failed; outside the likelihood)."
@@ -77,7 +77,7 @@ class WhiteningNoLN(Whitening):
         gamma, beta = self.affine()
         return torch.addcmul(beta, gamma, x)
 
-# %% ../../nbs/adapters/20_align.ipynb #403a8e0e
+# %% ../../nbs/adapters/20_align.ipynb #01ad02b2
 def linear(
     dim_in: int,
     dim_out: int,
@@ -100,7 +100,7 @@ def mlp(
     layers = [linear(i, o, generator, zero and n == len(dims) - 2) for n, (i, o) in enumerate(zip(dims, dims[1:]))]
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.GELU())][:-1])
 
-# %% ../../nbs/adapters/20_align.ipynb #82d9a4e0
+# %% ../../nbs/adapters/20_align.ipynb #a9436724
 @ALIGN.register('film')
 class FiLM(TaskModule):
     "LayerNorm, free scale and shift, residual MLP behind an open gate; .9 identity on task 0 (v3; outside likelihood)."
@@ -138,7 +138,7 @@ class FiLM(TaskModule):
         y = h + self.own['gate'].sigmoid() * self.own.mlp(h)
         return torch.lerp(y, x, self.identity) if self.slot == 0 else y
 
-# %% ../../nbs/adapters/20_align.ipynb #26481c92
+# %% ../../nbs/adapters/20_align.ipynb #dd2b69ad
 @ALIGN.register('soft_ln')
 class SoftLN(FiLM):
     "FiLM on a learned mixture of the input and its LayerNorm (v3, the origin's 'without'; outside the likelihood)."
@@ -165,7 +165,7 @@ class SoftLN(FiLM):
         if 'share' in own: x = torch.lerp(x, F.layer_norm(x, (self.dim,), eps=self.eps), own['share'].sigmoid())
         return torch.addcmul(beta, gamma, x)
 
-# %% ../../nbs/adapters/20_align.ipynb #cfaab632
+# %% ../../nbs/adapters/20_align.ipynb #f25928f2
 @ALIGN.register('instance_norm_mlp')
 class InstanceNormMLP(TaskModule):
     "Norm of each channel over the image and a residual MLP (v1, failed; gate open here; outside the likelihood)."
@@ -195,7 +195,7 @@ class InstanceNormMLP(TaskModule):
         n = (x - mean) * (var + self.eps).rsqrt()
         return n + self.own['gate'].sigmoid() * self.own.mlp(n)
 
-# %% ../../nbs/adapters/20_align.ipynb #6f5666ec
+# %% ../../nbs/adapters/20_align.ipynb #175554a0
 @ALIGN.register('pca')
 class PCA(TaskModule):
     "Whitens with mean and covariance of the task's own patches, noise dropped or kept (outside the likelihood)."
@@ -236,7 +236,8 @@ class PCA(TaskModule):
         values = torch.lerp(values, values.mean(), self.shrinkage)
         values[k:] = values[k:].mean()
         if not (values[:self.out_dim] > 0).all():
-            raise PartError(f"align 'pca': {len(rows)} patches do not span {self.out_dim} axes; set shrinkage above 0.")
+            raise PartError(f"align 'pca': {len(rows)} patches vary along fewer than {self.out_dim} axes; shrinkage "
+                            'above 0 helps if they vary at all.')
         spread = values.sqrt()[:self.out_dim]
         W = axes[:, :self.out_dim] / spread
         W = W @ axes.T if self.rotate_back else W.T

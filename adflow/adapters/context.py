@@ -96,7 +96,7 @@ class DepthwiseKernel(nn.Module):
         weight = F.pad(torch.ones_like(self.weight[..., :1, :1]), (k,) * 4) * skip + self.weight * gain
         return depthwise(x, weight, self.bias * gain, self.border)
 
-# %% ../../nbs/adapters/22_context.ipynb #475a3f0a
+# %% ../../nbs/adapters/22_context.ipynb #fa796ee9
 class LocalStats(nn.Module):
     "A weighted sum of mean and standard deviation of every channel's neighbourhood."
     def __init__(self,
@@ -154,7 +154,7 @@ class Mixer(nn.Module):
         g = self.gate.sigmoid()
         return self.kernel(x, gain=g, skip=1 - g)
 
-# %% ../../nbs/adapters/22_context.ipynb #702dc09b
+# %% ../../nbs/adapters/22_context.ipynb #97c18798
 def regional(
     x: torch.Tensor,      # (B, H, W, D)
     regions: int,         # R: the grid is pooled to R×R, then brought back to its size
@@ -165,7 +165,9 @@ def regional(
         return F.interpolate(pool, size=n, mode='linear', align_corners=False)[0].T.to(x)      # (to, from)
     return torch.einsum('hi,biwd->bhwd', along(x.shape[1]), torch.einsum('wj,bijd->biwd', along(x.shape[2]), x))
 
-BESIDE_WHITENING = ''
+BESIDE_WHITENING = ('in the origin the loss of the pair ran away and the first task was lost (seed 004, V3-2). '
+                    'Both rescale what the flow sees, outside its likelihood. Use align: none, film or soft_ln, or '
+                    'context: mixer.')
 
 @CONTEXT.register('multi_scale', conflicts={'align/whitening': BESIDE_WHITENING})
 class MultiScale(nn.Module):
@@ -200,7 +202,7 @@ class MultiScale(nn.Module):
     ) -> torch.Tensor:      # (B, H, W, D)
         return x + self.gate.sigmoid() * self.context(x)
 
-# %% ../../nbs/adapters/22_context.ipynb #0428fced
+# %% ../../nbs/adapters/22_context.ipynb #f1ce9746
 @CONTEXT.register('task_multi_scale', conflicts={'align/whitening': BESIDE_WHITENING})
 class TaskMultiScale(TaskModule):
     "`multi_scale` with a low-rank update of what it adds, per task (V3-2; outside the likelihood)."
@@ -231,7 +233,7 @@ class TaskMultiScale(TaskModule):
         c, own = self.shared.context(x), self.own
         return x + self.shared.gate.sigmoid() * (c + F.linear(F.linear(c, own['a']), own['b']))
 
-# %% ../../nbs/adapters/22_context.ipynb #67830f4d
+# %% ../../nbs/adapters/22_context.ipynb #3c9d25ad
 @CONTEXT.register('task_adaptive')
 class TaskAdaptive(TaskModule):
     "The shared mixer behind a gate, a scale and a shift that each task owns (V5; outside the likelihood)."

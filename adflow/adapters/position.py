@@ -80,7 +80,7 @@ class SinCos(nn.Module):
     ) -> torch.Tensor:        # (B, H, W, D)
         return x + self.table(x)
 
-# %% ../../nbs/adapters/21_position.ipynb #148bfc59
+# %% ../../nbs/adapters/21_position.ipynb #83608695
 @POSITION.register('tape')
 class TAPE(TaskModule):
     "The sinusoid in a strength that each task learns, with a learning rate of its own (V5.8, failed; log-det zero)."
@@ -105,7 +105,7 @@ class TAPE(TaskModule):
     ) -> torch.Tensor:        # (B, H, W, D)
         return x + self.strength() * self.table(x)
 
-# %% ../../nbs/adapters/21_position.ipynb #5d070238
+# %% ../../nbs/adapters/21_position.ipynb #f9011b06
 def attend(
     q: torch.Tensor,                     # (B, heads, N, d) queries
     k: torch.Tensor,                     # (B, heads, M, d) keys
@@ -116,7 +116,7 @@ def attend(
     with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
 
-# %% ../../nbs/adapters/21_position.ipynb #ed1c10b0
+# %% ../../nbs/adapters/21_position.ipynb #fa0810d4
 @POSITION.register('relative')
 class Relative(nn.Module):
     "Attention by content and offset, blended with the sinusoid (V5.5, failed; shared; outside the likelihood)."
@@ -154,7 +154,7 @@ class Relative(nn.Module):
         a = attend(*[heads(v) for v in (self.query(n), self.key(n), x)], self.bias(H, W))
         return x + (1 - g) * self.table(x) + g * a.transpose(1, 2).reshape(x.shape)
 
-# %% ../../nbs/adapters/21_position.ipynb #d48a02cb
+# %% ../../nbs/adapters/21_position.ipynb #627ee872
 @POSITION.register('content')
 class Content(TaskModule):
     "Adds the code of the task's prototypes that a patch resembles (V5.7, failed; outside the likelihood)."
@@ -204,9 +204,10 @@ class Content(TaskModule):
         own = self.own
         code = self.weights(x) @ own['codes']
         if self.mode == 'replace': return x + code
-        return x + torch.lerp(self.table(x), code, own['gate'].sigmoid())
+        g = own['gate'].sigmoid()
+        return x + (1 - g) * self.table(x) + g * code
 
-# %% ../../nbs/adapters/21_position.ipynb #d3fe65e2
+# %% ../../nbs/adapters/21_position.ipynb #a2e7e755
 def radial_2d(
     h: int, w: int,       # grid
     dim: int,             # channels D

@@ -291,7 +291,7 @@ class Distill(Protection):
     def __init__(self,
         match: Literal['logprob', 'latent', 'combined'] = 'combined',  # what shall stay: log p, z, or both
         temperature: float = 2.,  # T; large: squared differences of log p; small: mainly the likeliest patches
-        weight: float = 1.,
+        weight: float = 1.,       # of the old flow's lesson
     ):
         super().__init__()
         if match not in ('logprob', 'latent', 'combined'):

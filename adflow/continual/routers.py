@@ -49,8 +49,8 @@ class Regional(Router):
     def __init__(self,
         regions: int = 2,                # per side: 2 cuts the image into 2×2
         per: Literal['class', 'task'] = 'class',  # as for `mahalanobis`
-        shrinkage: Literal['ledoit_wolf'] | float = 'ledoit_wolf',
-        log_det: bool = True,
+        shrinkage: Literal['ledoit_wolf'] | float = 'ledoit_wolf',  # as for `mahalanobis`
+        log_det: bool = True,           # add log det Σ
         rank: int | None = None,         # directions; None: what fits 100 kB per region
     ):
         if regions < 1: raise PartError(f"router 'regional': regions={regions}, give 1 or more.")
@@ -169,9 +169,9 @@ class Clustered(Mahalanobis):
         least: int = 8,                  # images per cluster
         silhouette: float = .25,         # a task whose clusters are less distinct stays whole
         shrinkage: Literal['ledoit_wolf'] | float = 'ledoit_wolf',  # as for `mahalanobis`
-        log_det: bool = True,
-        rank: int | None = None,
-        shortlist: int = 8,
+        log_det: bool = True,           # add log det Σ
+        rank: int | None = None,         # directions kept; None: what fits 100 kB
+        shortlist: int = 8,             # prototypes that are compared exactly
         seed: int = 0,                   # of k-means
     ):
         settings = {k: v for k, v in locals().items() if k not in ('self', '__class__')}

@@ -148,7 +148,7 @@ def _ranges(name: str, layers, dim: int, least: int = 2) -> list[tuple[int, int]
 class BackboneEnsemble(Fused):
     "One flow per backbone, their z-scored maps averaged, or the largest (noted in seed 004, never tried there)."
     def __init__(self,
-        reduce: Literal['mean', 'max'] = 'mean',
+        reduce: Literal['mean', 'max'] = 'mean', # over the networks
         groups: list[int] | None = None,  # how many layers belong to each backbone; None: each layer by itself
         dim: int | None = None,           # channels of the features, given by the house
         layers: list | None = None,       # channels of each layer, given by the house

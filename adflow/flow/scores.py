@@ -127,7 +127,7 @@ class BlockEnsemble(Score):
     fits = True
     def __init__(self,
         last: int | None = None,                   # only so many of the last prefixes; None: all
-        reduce: Literal['mean', 'max'] = 'mean',
+        reduce: Literal['mean', 'max'] = 'mean', # over the prefixes
     ):
         super().__init__()
         if last is not None and last < 1: raise PartError(f"score 'block_ensemble': last={last} must be 1 or more.")

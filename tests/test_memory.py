@@ -143,7 +143,7 @@ def memory(name, **args): return DETECTORS.build({'name': name, **MEMORIES[name]
 
 def run(features, detector, checkpoint=None, scenario='1-1', stop=None, router='mahalanobis'):
     "Stages with their evaluation; `stop`: after that many."
-    evaluate, out = StageEvaluator(features, sigma=0, progress=False), []
+    evaluate, out = StageEvaluator(features, smoothing=0, progress=False), []
     learner = Learner(detector, ROUTERS.build(router), Trainer(progress=False), features, checkpoint)
     for stage in learner.stages(make_tasks(CLASSES, scenario)):
         out.append((stage, evaluate(stage), member_counts(stage.detector)))

@@ -55,7 +55,7 @@ def changed(before, after): return {k for k, v in before.items() if not torch.eq
 def test_finetune_moves_every_shared_weight_and_the_old_scores():
     "The sequential baseline that the origin did not have: its base stayed frozen."
     (before, old), (after, new) = history('finetune')
-    shared = {k for k in shared_weights(learner('finetune').detector) if k.startswith('flow.')}
+    shared = {k for k in shared_weights(learner('finetune').detector) if k.startswith('flows.')}
     assert shared and shared <= changed(before, after)
     linears = {k for k in shared if k.endswith(('first.weight', 'second.weight'))}
     assert len(linears) == 8                               # 2 couplings × scale and shift × 2 layers
@@ -81,7 +81,7 @@ def test_old_groups_own_weights_are_frozen(name):
 def test_separate_shares_nothing():
     made = learner('separate')
     stages = list(made.stages(make_tasks('ab', '1-1')))
-    assert not [k for k in shared_weights(stages[-1].detector) if k.startswith('flow.')]
+    assert not [k for k in shared_weights(stages[-1].detector) if k.startswith('flows.')]
     with pytest.raises(PartError, match='before the first task'): made.trainer.strategy.prepare(stages[-1].detector)
 
 def test_joint_trains_all_classes_so_far():
@@ -104,7 +104,7 @@ def test_slow_fast_opens_only_the_last_blocks_and_only_at_the_end():
     states = [*states[EPOCHS:], tensors(last.detector)]            # of the second task
     fast, slow = [[changed(*states[i:i + 2]) for i in epochs] for epochs in ((0, 1), (2, 3))]
     for moved in fast: assert {slot_of(k) for k in moved} == {1}
-    for moved in slow: assert moved and all(k.startswith('flow.blocks.1.') and slot_of(k) is None for k in moved)
+    for moved in slow: assert moved and all(k.startswith('flows.0.blocks.1.') and slot_of(k) is None for k in moved)
 
 # ---------------------------------------------------------------------------------------------------------- protection
 @pytest.mark.parametrize('optimizer', ['adamp', {'name': 'adamp', 'weight_decay': .5}, {'name': 'sgd', 'momentum': .9}],

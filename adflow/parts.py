@@ -170,7 +170,7 @@ def add_task(
     modules = task_modules(root)
     slot = max((len(m.tasks) for m in modules), default=0)
     for i, m in enumerate(modules):
-        g = torch.Generator().manual_seed((seed * 1_000_003 + slot) * 10_007 + i)
+        g = torch.Generator().manual_seed(((seed * 1_000_003 + slot) * 10_007 + i) % 2**63)
         with torch.random.fork_rng(devices=[]):      # a part that draws from the global stream still gets its own
             torch.manual_seed(g.initial_seed())
             own = m.task_weights(first=slot == 0, generator=g)

@@ -14,7 +14,7 @@ from torch import nn
 import adflow
 from adflow.flow.coupling import CouplingBlock, DIAFlow, PerPatch
 from adflow.flow.losses import build_losses, patch_nll
-from adflow.parts import REGISTRIES, TaskModule, add_task, slot_of, train_only, use_task
+from adflow.parts import REGISTRIES, TaskModule, add_task, observing, slot_of, train_only, use_task
 
 for m in pkgutil.walk_packages(adflow.__path__, 'adflow.'):    # what is written later registers itself and is tested
     if not m.name.startswith(('adflow.workbook', 'adflow.cli')): importlib.import_module(m.name)
@@ -28,7 +28,20 @@ HOUSES = {  # what the house gives to a part of a kind, and the channels of the 
                                 generator=torch.Generator().manual_seed(0)), DIM)}
 ARGUMENTS = {'coupling': [{}, {'global_affine': True}],        # what shall be tested instead of the defaults
              'lora': [{'rank': 2}, {'rank': 0}, {'rank': 2, 'first_task': False}],
-             'scale_context': [{'rank': 2, 'kernel': 3}]}
+             'scale_context': [{'rank': 2, 'kernel': 3}],
+             'lora_context': [{'rank': 2, 'kernel': 3, 'gate': 'patch', 'gate_hidden': 4}],
+             'linear': [{'kernel': 3}, {'kernel': 0}], 'neighbour': [{'rank': 2}],
+             'spectral': [{'rank': 2, 'kernel': 3}, {'rank': 0, 'kernel': 0, 'norm': 2.}],
+             'spatial_lora': [{'rank': 2, 'cells': 2, 'kernel': 3}, {'cells': 3, 'kernel': 0, 'first_task': False}],
+             'cross_patch': [{'context': c} for c in ('fixed', 'learned', 'per_task')],
+             'coupling_per_task': [{}, {'global_affine': True}],
+             'film': [{}, {'identity': 0.}], 'soft_ln': [{}, {'later': False}],
+             'instance_norm_mlp': [{}, {'first_task': False}],
+             'pca': [{}, {'keep': 3, 'noise': 'drop'}, {'keep': .9, 'rotate_back': True}],
+             'content': [{'prototypes': 3}, {'mode': 'replace'}],
+             'mixer': [{'mode': m} for m in ('depthwise', 'depthwise_residual', 'local_stats', 'full')],
+             'multi_scale': [{}, {'regions': 0}], 'task_multi_scale': [{'rank': 2}],
+             'task_adaptive': [{}, {'mode': 'local_stats'}], 'patch_attention': [{'hidden': 6}]}
 
 def house_of(kind):
     "Which of the houses the parts of a kind live in; None: they are no parts of the flow."
@@ -59,8 +72,9 @@ def rand(*shape, seed=0, **kw): return torch.randn(*shape, generator=torch.Gener
 def features(dim, slot=0, n=4): return rand(n, *GRID, dim, seed=slot) * (1 + slot)
 
 def learn(root, x, slot, steps):
-    "Some steps of AdamW as the learner does them; returns what got a gradient in none of the steps, and the reason."
+    "A look at the data and some steps of AdamW as the learner does them; what got a gradient in no step, and why."
     use_task(root, slot)
+    with observing(root): root(x)
     train = train_only(root, [slot], shared=slot == 0)
     if not train: return {}
     opt, dead = torch.optim.AdamW(train.values(), lr=.02, weight_decay=.1), dict.fromkeys(train, 'is zero')

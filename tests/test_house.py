@@ -144,7 +144,7 @@ def workbooks(root):
         for x in found:
             if not x.help: yield f'{p.name}: the parameter {x.name} has no help comment'
         if 'run_dir' not in [x.name for x in found]: yield f'{p.name}: no parameter run_dir'
-    for y in sorted((root / 'params').glob('*/*.yaml')):
+    for y in sorted((root / 'params').glob('*/**/*.yaml')):
         if y.parent.name == 'sweeps': continue
         try: load(y)
         except ParamsError as e: yield str(e)

@@ -5,6 +5,7 @@
 # %% ../../nbs/adapters/20_align.ipynb #987b4da3
 from __future__ import annotations
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import nn
 from ..parts import PartError, Registry, TaskModule
 
 # %% auto #0
-__all__ = ['ALIGN', 'NoAlign', 'Whitening']
+__all__ = ['ALIGN', 'NoAlign', 'Whitening', 'WhiteningNoLN', 'linear', 'mlp', 'FiLM', 'SoftLN', 'InstanceNormMLP', 'PCA']
 
 # %% ../../nbs/adapters/20_align.ipynb #94bf3871
 ALIGN = Registry('align', 'per-task map before the shared flow, features in, features out', context=('dim', 'grid'))
@@ -40,8 +41,9 @@ class Whitening(TaskModule):
         lo, hi = gamma_range
         later_gamma = (lo + hi) / 2 if later_gamma is None else later_gamma
         for name, g in dict(first_gamma=first_gamma, later_gamma=later_gamma).items():
-            if not lo < g < hi: raise PartError(f"align 'whitening': {name}={g} must lie inside gamma_range {lo, hi}.")
-        if beta_max <= 0: raise PartError(f"align 'whitening': beta_max={beta_max} must be positive.")
+            if not lo < g < hi: raise PartError(f'align: {name}={g} must lie inside gamma_range {lo, hi}.')
+        if lo <= 0: raise PartError(f'align: gamma_range {lo, hi} must be positive.')
+        if beta_max <= 0: raise PartError(f'align: beta_max={beta_max} must be positive.')
         self.dim, self.lo, self.hi, self.beta_max, self.eps = dim, lo, hi, beta_max, eps
         self.start = first_gamma, later_gamma
 
@@ -59,3 +61,199 @@ class Whitening(TaskModule):
         x: torch.Tensor,    # (B, H, W, D)
     ) -> torch.Tensor:      # (B, H, W, D)
         return F.layer_norm(x, (self.dim,), *self.affine(), self.eps)   # one fused pass instead of norm, scale, shift
+
+# %% ../../nbs/adapters/20_align.ipynb #2e7d0252
+@ALIGN.register('whitening_no_ln')
+class WhiteningNoLN(Whitening):
+    "A bounded scale and shift per channel and task, without the norm (V4.4, failed; outside the likelihood)."
+    in_likelihood = False     # exact, but the flow does not add `log_det`
+    def log_det(self) -> torch.Tensor:
+        "What the map adds to the log-density of every patch: a number, `()`."
+        return self.affine()[0].log().sum()
+
+    def forward(self,
+        x: torch.Tensor,    # (B, H, W, D)
+    ) -> torch.Tensor:      # (B, H, W, D)
+        gamma, beta = self.affine()
+        return torch.addcmul(beta, gamma, x)
+
+# %% ../../nbs/adapters/20_align.ipynb #01ad02b2
+def linear(
+    dim_in: int,
+    dim_out: int,
+    generator: torch.Generator | None = None,   # of the start, which is `torch.nn.Linear`'s
+    zero: bool = False,                         # start at zero instead
+    bias: bool = True,
+) -> nn.Linear:
+    "`torch.nn.Linear` that starts from a generator, or at zero."
+    with torch.random.fork_rng(devices=[]): layer = nn.Linear(dim_in, dim_out, bias=bias)
+    for p in layer.parameters():
+        nn.init.zeros_(p) if zero else nn.init.uniform_(p, -dim_in ** -.5, dim_in ** -.5, generator=generator)
+    return layer
+
+def mlp(
+    *dims: int,                                 # channels: in, hidden …, out
+    generator: torch.Generator | None = None,   # of the start
+    zero: bool = False,                         # the last layer starts at zero, so the network does
+) -> nn.Sequential:
+    "Linear layers with GELU between them."
+    layers = [linear(i, o, generator, zero and n == len(dims) - 2) for n, (i, o) in enumerate(zip(dims, dims[1:]))]
+    return nn.Sequential(*[m for layer in layers for m in (layer, nn.GELU())][:-1])
+
+# %% ../../nbs/adapters/20_align.ipynb #a9436724
+@ALIGN.register('film')
+class FiLM(TaskModule):
+    "LayerNorm, free scale and shift, residual MLP behind an open gate; .9 identity on task 0 (v3; outside likelihood)."
+    in_likelihood = False
+    def __init__(self,
+        dim: int,                   # channels D
+        hidden: int | None = None,  # channels inside the network; None: max(D/2, 128)
+        gate: float = .5,           # θ at the start; the network's share is σ(θ)
+        identity: float = .9,       # share of the input that the first task keeps; 0: as later tasks
+        eps: float = 1e-5,          # added to the variance
+    ):
+        super().__init__()
+        if not 0 <= identity < 1: raise PartError(f'align: identity={identity} must lie in [0, 1): 1 learns nothing.')
+        self.dim, self.hidden = dim, hidden or max(dim // 2, 128)
+        self.gate, self.identity, self.eps = gate, identity, eps
+
+    def task_weights(self, first, generator):
+        own = nn.ParameterDict({'gamma': torch.ones(self.dim), 'beta': torch.zeros(self.dim),
+                                'gate': torch.tensor(float(self.gate))})
+        own.mlp = mlp(self.dim, self.hidden, self.hidden, self.dim, generator=generator)
+        return own
+
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        "Scale γ (D,) and shift β (D,) of the slot in use."
+        return self.own['gamma'], self.own['beta']
+
+    def scaled(self, x):
+        "γ ⊙ LN(x) + β."
+        return F.layer_norm(x, (self.dim,), *self.affine(), self.eps)
+
+    def forward(self,
+        x: torch.Tensor,            # (B, H, W, D)
+    ) -> torch.Tensor:              # (B, H, W, D)
+        h = self.scaled(x)
+        y = h + self.own['gate'].sigmoid() * self.own.mlp(h)
+        return torch.lerp(y, x, self.identity) if self.slot == 0 else y
+
+# %% ../../nbs/adapters/20_align.ipynb #dd2b69ad
+@ALIGN.register('soft_ln')
+class SoftLN(FiLM):
+    "FiLM on a learned mixture of the input and its LayerNorm (v3, the origin's 'without'; outside the likelihood)."
+    def __init__(self,
+        dim: int,                   # channels D
+        start: float = .01,         # share of the norm at the start
+        later: bool = True,         # whether later tasks have a share too; the origin's have none
+        hidden: int | None = None,  # channels inside the network; None: max(D/2, 128)
+        gate: float = .5,           # θ at the start; the network's share is σ(θ)
+        identity: float = .9,       # share of the input that the first task keeps; 0: as later tasks
+        eps: float = 1e-5,          # added to the variance
+    ):
+        super().__init__(dim, hidden, gate, identity, eps)
+        if not 0 < start < 1: raise PartError(f"align 'soft_ln': start={start} must lie in (0, 1).")
+        self.start, self.later = math.log(start / (1 - start)), later
+
+    def task_weights(self, first, generator):
+        own = super().task_weights(first, generator)
+        if first or self.later: own['share'] = torch.tensor(self.start)
+        return own
+
+    def scaled(self, x):
+        own, (gamma, beta) = self.own, self.affine()
+        if 'share' in own: x = torch.lerp(x, F.layer_norm(x, (self.dim,), eps=self.eps), own['share'].sigmoid())
+        return torch.addcmul(beta, gamma, x)
+
+# %% ../../nbs/adapters/20_align.ipynb #f25928f2
+@ALIGN.register('instance_norm_mlp')
+class InstanceNormMLP(TaskModule):
+    "Norm of each channel over the image and a residual MLP (v1, failed; gate open here; outside the likelihood)."
+    in_likelihood = False
+    def __init__(self,
+        dim: int,                   # channels D
+        hidden: int | None = None,  # channels inside the network; None: D/4
+        gate: float = .5,           # θ at the start; the network's share is σ(θ)
+        first_task: bool = True,    # whether the first task is aligned too
+        eps: float = 1e-5,          # added to the variance
+    ):
+        super().__init__()
+        self.dim, self.hidden = dim, hidden or max(dim // 4, 1)
+        self.gate, self.first_task, self.eps = gate, first_task, eps
+
+    def task_weights(self, first, generator):
+        if first and not self.first_task: return None
+        own = nn.ParameterDict({'gate': torch.tensor(float(self.gate))})
+        own.mlp = mlp(self.dim, self.hidden, self.dim, generator=generator, zero=True)
+        return own
+
+    def forward(self,
+        x: torch.Tensor,            # (B, H, W, D)
+    ) -> torch.Tensor:              # (B, H, W, D)
+        if self.slot == 0 and not self.first_task: return x
+        var, mean = torch.var_mean(x, (1, 2), unbiased=False, keepdim=True)
+        n = (x - mean) * (var + self.eps).rsqrt()
+        return n + self.own['gate'].sigmoid() * self.own.mlp(n)
+
+# %% ../../nbs/adapters/20_align.ipynb #175554a0
+@ALIGN.register('pca')
+class PCA(TaskModule):
+    "Whitens with mean and covariance of the task's own patches, noise dropped or kept (outside the likelihood)."
+    in_likelihood = False     # exact where the map is square, but the flow does not add `log_det`
+    def __init__(self,
+        dim: int,                                  # channels D
+        keep: int | float | None = None,           # axes with a spread of their own: number or share; None: all
+        noise: Literal['drop', 'keep'] = 'keep',   # the other axes: dropped, or divided by one common spread
+        shrinkage: float = .01,                    # ρ, how much of the mean variance is mixed into each
+        rotate_back: bool = False,                 # to the channels' own axes (ZCA); takes all axes
+    ):
+        super().__init__()
+        number, where = keep is None or isinstance(keep, int), f"align 'pca': keep={keep}"
+        if not (keep is None or (1 <= keep <= dim if number else 0 < keep <= 1)):
+            raise PartError(f'{where} must be a number of axes from 1 to {dim}, or a share of the variance in (0, 1].')
+        if noise == 'drop' and not number:
+            raise PartError(f"{where}, noise='drop': the flow must know its channels; give keep as a number.")
+        if noise == 'drop' and rotate_back and keep not in (None, dim):
+            raise PartError(f"{where}, noise='drop', rotate_back: dropped axes cannot turn back; use noise='keep'.")
+        if not 0 <= shrinkage <= 1: raise PartError(f"align 'pca': shrinkage={shrinkage} must lie in [0, 1].")
+        self.dim, self.keep = dim, dim if keep is None else keep
+        self.shrinkage, self.rotate_back = shrinkage, rotate_back
+        self.out_dim = self.keep if noise == 'drop' else dim
+
+    def task_weights(self, first, generator):
+        own = nn.Module()
+        for name, shape in dict(mean=(self.dim,), map=(0, self.dim), log_det=()).items():   # no rows: nothing seen yet
+            own.register_buffer(name, torch.zeros(shape))
+        return own
+
+    def observe(self, x):
+        "Mean and principal axes of these patches, in double precision on the CPU, the same on every device."
+        rows = x.detach().cpu().double().reshape(-1, self.dim)
+        values, axes = torch.linalg.eigh(torch.cov(rows.T))
+        values, axes = values.flip(0).clamp_min(0), axes.flip(1)
+        axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()    # signs are free: largest entry > 0
+        k = self.keep if isinstance(self.keep, int) else 1 + int((values.cumsum(0) < self.keep * values.sum()).sum())
+        values = torch.lerp(values, values.mean(), self.shrinkage)
+        values[k:] = values[k:].mean()
+        if not (values[:self.out_dim] > 0).all():
+            raise PartError(f"align 'pca': {len(rows)} patches vary along fewer than {self.out_dim} axes; shrinkage "
+                            'above 0 helps if they vary at all.')
+        spread = values.sqrt()[:self.out_dim]
+        W = axes[:, :self.out_dim] / spread
+        W = W @ axes.T if self.rotate_back else W.T
+        own, found = self.own, (rows.mean(0), W, -spread.log().sum())
+        own.mean, own.map, own.log_det = (v.to(own.mean) for v in found)
+
+    def log_det(self) -> torch.Tensor:
+        "What the map adds to the log-density of every patch: a number, `()`."
+        if self.out_dim != self.dim: raise PartError("align 'pca': dropped axes have no log-det; use noise='keep'.")
+        return self.own.log_det
+
+    def forward(self,
+        x: torch.Tensor,    # (B, H, W, D)
+    ) -> torch.Tensor:      # (B, H, W, out_dim)
+        if self.observing: self.observe(x)
+        own = self.own
+        if not len(own.map): raise RuntimeError("align 'pca' has seen no patches of this slot: run it `observing`.")
+        with torch.autocast(x.device.type, enabled=False):      # small axes are differences of large numbers
+            return F.linear(x.to(own.mean.dtype) - own.mean, own.map)

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..parts import PartError, Registry
+from .align import linear
+from ..parts import PartError, Registry, TaskModule
 
 # %% auto #0
-__all__ = ['CONTEXT', 'NoContext', 'Reflect', 'Unreflect', 'depthwise', 'DepthwiseKernel', 'Mixer']
+__all__ = ['CONTEXT', 'BESIDE_WHITENING', 'NoContext', 'Reflect', 'Unreflect', 'depthwise', 'odd', 'DepthwiseKernel',
+           'LocalStats', 'FullKernel', 'Mixer', 'regional', 'MultiScale', 'TaskMultiScale', 'TaskAdaptive']
 
 # %% ../../nbs/adapters/22_context.ipynb #37143fca
-CONTEXT = Registry('context', 'mixes patches with their neighbours, features in, features out', context=('dim', 'grid'))
+CONTEXT = Registry('context', 'mixes patches with their neighbours, features in, features out',
+                   context=('dim', 'grid', 'generator'))
 
 @CONTEXT.register('none')
 class NoContext(nn.Identity):
@@ -53,19 +56,26 @@ class Unreflect(torch.autograd.Function):
 # %% ../../nbs/adapters/22_context.ipynb #784c9d8a
 def depthwise(
     x: torch.Tensor,                             # (B, H, W, D)
-    kernel: torch.Tensor,                        # (D, 1, k, k), k odd
-    bias: torch.Tensor,                          # (D,)
+    kernel: torch.Tensor,                        # (D, D/groups, k, k), k odd
+    bias: torch.Tensor | None,                   # (D,)
     border: Literal['reflect', 'zero'] = 'reflect', # what lies beyond the grid
+    dilation: int = 1,                           # distance of the kernel's entries, in patches
+    groups: int | None = None,                   # of channels that mix; None: each for itself
 ) -> torch.Tensor:                               # (B, H, W, D)
     "Convolves every channel with its own kernel; the grid keeps its size."
-    pad, (h, w) = kernel.shape[-1] // 2, x.shape[1:3]
+    pad, (h, w) = dilation * (kernel.shape[-1] // 2), x.shape[1:3]
     if border == 'reflect' and pad:
         if pad >= min(h, w):
-            raise ValueError(f'kernel {kernel.shape[-1]} cannot reflect at the border of a {h}×{w} grid: '
-                             f'use a kernel below {2 * min(h, w)} or border: zero.')
-        x = Reflect.apply(x, pad)
+            raise ValueError(f'kernel {kernel.shape[-1]} at dilation {dilation} cannot reflect at the border of a '
+                             f'{h}×{w} grid: it may reach {min(h, w) - 1} patches to the side; or use border: zero.')
+        x, pad = Reflect.apply(x, pad), 0
     x = x.permute(0, 3, 1, 2)
-    return F.conv2d(x, kernel, bias, padding=0 if border == 'reflect' else pad, groups=x.shape[1]).permute(0, 2, 3, 1)
+    return F.conv2d(x, kernel, bias, padding=pad, dilation=dilation, groups=groups or x.shape[1]).permute(0, 2, 3, 1)
+
+def odd(size: int) -> int:
+    "The size of a neighbourhood around a patch."
+    if size < 1 or size % 2 == 0: raise PartError(f'kernel={size} must be odd, so that the patch is in its middle.')
+    return size
 
 class DepthwiseKernel(nn.Module):
     "Kernel `weight` (D, 1, k, k) and `bias` (D,) for `depthwise`: a mean over the neighbourhood, or zero."
@@ -76,8 +86,7 @@ class DepthwiseKernel(nn.Module):
         init: Literal['mean', 'zero'] = 'mean',
     ):
         super().__init__()
-        if size < 1 or size % 2 == 0: raise PartError(f'kernel={size} must be odd, so that the patch is in its middle.')
-        self.border = border
+        size, self.border = odd(size), border
         self.weight = nn.Parameter(torch.full((dim, 1, size, size), 1 / size**2 if init == 'mean' else 0.))
         self.bias = nn.Parameter(torch.zeros(dim))
 
@@ -86,6 +95,40 @@ class DepthwiseKernel(nn.Module):
         k = self.weight.shape[-1] // 2
         weight = F.pad(torch.ones_like(self.weight[..., :1, :1]), (k,) * 4) * skip + self.weight * gain
         return depthwise(x, weight, self.bias * gain, self.border)
+
+# %% ../../nbs/adapters/22_context.ipynb #fa796ee9
+class LocalStats(nn.Module):
+    "A weighted sum of mean and standard deviation of every channel's neighbourhood."
+    def __init__(self,
+        dim: int,                                # channels D
+        size: int,                               # k, odd
+        border: Literal['reflect', 'zero'] = 'reflect',
+        eps: float = 1e-5,                       # added to the variance
+    ):
+        super().__init__()
+        self.size, self.border, self.eps = odd(size), border, eps
+        self.mean, self.std, self.bias = [nn.Parameter(torch.full((dim,), v)) for v in (1., 0., 0.)]
+
+    def forward(self, x, gain=1., skip=0.):
+        "`skip · x + gain · (mean ⊙ μ + std ⊙ s + bias)`."
+        box = x.new_full((x.shape[-1], 1, self.size, self.size), 1 / self.size**2)
+        mean, square = [depthwise(v, box, None, self.border) for v in (x, x * x)]
+        std = ((square - mean * mean).clamp_min(0) + self.eps).sqrt()
+        return skip * x + gain * (self.mean * mean + self.std * std + self.bias)
+
+class FullKernel(DepthwiseKernel):
+    "A kernel that also mixes channels; starts as the mean of every channel's neighbourhood."
+    def __init__(self,
+        dim: int,                                # channels D
+        size: int,                               # k, odd
+        border: Literal['reflect', 'zero'] = 'reflect',
+    ):
+        super().__init__(dim, size, border)
+        self.weight = nn.Parameter(torch.eye(dim)[..., None, None] * self.weight.detach())
+
+    def forward(self, x, gain=1., skip=0.):
+        "`skip · x + gain · (kernel ∗ x + bias)`."
+        return skip * x + gain * depthwise(x, self.weight, self.bias, self.border, groups=1)
 
 # %% ../../nbs/adapters/22_context.ipynb #61e3ad82
 @CONTEXT.register('mixer')
@@ -96,14 +139,121 @@ class Mixer(nn.Module):
         dim: int,                                       # channels D
         kernel: int = 3,                                # neighbourhood in patches, odd; larger ones harm
         border: Literal['reflect', 'zero'] = 'reflect', # beyond the grid: mirrored, or zeros as in the origin
-        mode: Literal['depthwise_residual'] = 'depthwise_residual', # how neighbours are mixed
+        mode: Literal['depthwise', 'depthwise_residual', 'local_stats', 'full'] = 'depthwise_residual', # what is mixed
         gate: float = .5,                               # θ at the start; the share of the neighbourhood is σ(θ)
     ):
         super().__init__()
-        self.kernel, self.gate = DepthwiseKernel(dim, kernel, border), nn.Parameter(torch.tensor(float(gate)))
+        kind = {'local_stats': LocalStats, 'full': FullKernel}.get(mode, DepthwiseKernel)
+        self.kernel = kind(dim, kernel, border)
+        self.gate = None if mode == 'depthwise' else nn.Parameter(torch.tensor(float(gate)))
 
     def forward(self,
         x: torch.Tensor,    # (B, H, W, D)
     ) -> torch.Tensor:      # (B, H, W, D)
+        if self.gate is None: return self.kernel(x)
         g = self.gate.sigmoid()
         return self.kernel(x, gain=g, skip=1 - g)
+
+# %% ../../nbs/adapters/22_context.ipynb #97c18798
+def regional(
+    x: torch.Tensor,      # (B, H, W, D)
+    regions: int,         # R: the grid is pooled to R×R, then brought back to its size
+) -> torch.Tensor:        # (B, H, W, D)
+    "The mean of the region around each patch, interpolated between regions."
+    def along(n):
+        pool = F.adaptive_avg_pool1d(torch.eye(n)[None], regions)                  # (1, n, R)
+        return F.interpolate(pool, size=n, mode='linear', align_corners=False)[0].T.to(x)      # (to, from)
+    return torch.einsum('hi,biwd->bhwd', along(x.shape[1]), torch.einsum('wj,bijd->biwd', along(x.shape[2]), x))
+
+BESIDE_WHITENING = ('in the origin the loss of the pair ran away and the first task was lost (seed 004, V3-2). '
+                    'Both rescale what the flow sees, outside its likelihood. Use align: none, film or soft_ln, or '
+                    'context: mixer.')
+
+@CONTEXT.register('multi_scale', conflicts={'align/whitening': BESIDE_WHITENING})
+class MultiScale(nn.Module):
+    "Adds a kernel at several dilations and a regional mean, weighed per patch (V3-2; shared; outside the likelihood)."
+    in_likelihood = False
+    def __init__(self,
+        dim: int,                                       # channels D
+        kernel: int = 3,                                # of the shared kernel, odd
+        dilations: tuple[int, ...] = (1, 2, 4),         # its distances, in patches
+        regions: int = 4,                               # R, regions per side; 0: no regional mean
+        gate: float = .3,                               # g at the start, in (0, 1)
+        border: Literal['reflect', 'zero'] = 'reflect', # beyond the grid: mirrored, or zeros as in the origin
+        generator: torch.Generator | None = None,       # for the shared weights
+    ):
+        super().__init__()
+        if not dilations or min(dilations) < 1 or regions < 0 or not 0 < gate < 1:
+            raise PartError(f'context: dilations={dilations} must be 1 or more, regions={regions} 0 or more, '
+                            f'gate={gate} in (0, 1).')
+        self.dilations, self.regions, self.kernel = dilations, regions, DepthwiseKernel(dim, kernel, border)
+        self.attention = linear(dim, len(dilations) + bool(regions), generator)
+        self.gate = nn.Parameter(torch.tensor(gate).logit())
+
+    def context(self, x):
+        "The scales, weighed, (B, H, W, D)."
+        k, share = self.kernel, self.attention(F.layer_norm(x, x.shape[-1:])).softmax(-1)
+        scales = [depthwise(x, k.weight, k.bias, k.border, d) for d in self.dilations]
+        if self.regions: scales.append(regional(x, self.regions))
+        return sum(w * s for w, s in zip(share.split(1, -1), scales))
+
+    def forward(self,
+        x: torch.Tensor,    # (B, H, W, D)
+    ) -> torch.Tensor:      # (B, H, W, D)
+        return x + self.gate.sigmoid() * self.context(x)
+
+# %% ../../nbs/adapters/22_context.ipynb #f1ce9746
+@CONTEXT.register('task_multi_scale', conflicts={'align/whitening': BESIDE_WHITENING})
+class TaskMultiScale(TaskModule):
+    "`multi_scale` with a low-rank update of what it adds, per task (V3-2; outside the likelihood)."
+    in_likelihood = False
+    def __init__(self,
+        dim: int,                                       # channels D
+        rank: int = 16,                                 # r of each task's update
+        kernel: int = 3,                                # of the shared kernel, odd
+        dilations: tuple[int, ...] = (1, 2, 4),         # its distances, in patches
+        regions: int = 4,                               # R, regions per side; 0: no regional mean
+        gate: float = .3,                               # g at the start, in (0, 1)
+        border: Literal['reflect', 'zero'] = 'reflect', # beyond the grid: mirrored, or zeros as in the origin
+        generator: torch.Generator | None = None,       # for the shared weights
+    ):
+        super().__init__()
+        if rank < 1: raise PartError(f"context 'task_multi_scale': rank={rank} must be 1 or more; or use multi_scale.")
+        self.dim, self.rank = dim, rank
+        self.shared = MultiScale(dim, kernel, dilations, regions, gate, border, generator)
+
+    def task_weights(self, first, generator):
+        bound = (6 / (self.dim + self.rank)) ** .5      # Xavier uniform
+        return nn.ParameterDict({'a': torch.empty(self.rank, self.dim).uniform_(-bound, bound, generator=generator),
+                                 'b': torch.zeros(self.dim, self.rank)})
+
+    def forward(self,
+        x: torch.Tensor,    # (B, H, W, D)
+    ) -> torch.Tensor:      # (B, H, W, D)
+        c, own = self.shared.context(x), self.own
+        return x + self.shared.gate.sigmoid() * (c + F.linear(F.linear(c, own['a']), own['b']))
+
+# %% ../../nbs/adapters/22_context.ipynb #3c9d25ad
+@CONTEXT.register('task_adaptive')
+class TaskAdaptive(TaskModule):
+    "The shared mixer behind a gate, a scale and a shift that each task owns (V5; outside the likelihood)."
+    in_likelihood = False
+    def __init__(self,
+        dim: int,                                       # channels D
+        kernel: int = 3,                                # neighbourhood in patches, odd
+        border: Literal['reflect', 'zero'] = 'reflect', # beyond the grid: mirrored, or zeros as in the origin
+        mode: Literal['depthwise', 'depthwise_residual', 'local_stats', 'full'] = 'depthwise_residual', # of the mixer
+        gate: float = 0.,                               # θ of each task at the start
+    ):
+        super().__init__()
+        self.dim, self.gate, self.mixer = dim, gate, Mixer(dim, kernel, border, mode)
+
+    def task_weights(self, first, generator):
+        return nn.ParameterDict({'gate': torch.tensor(float(self.gate)), 'scale': torch.ones(self.dim),
+                                 'shift': torch.zeros(self.dim)})
+
+    def forward(self,
+        x: torch.Tensor,    # (B, H, W, D)
+    ) -> torch.Tensor:      # (B, H, W, D)
+        own = self.own
+        return torch.lerp(x, torch.addcmul(own['shift'], own['scale'], self.mixer(x)), own['gate'].sigmoid())

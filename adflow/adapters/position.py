@@ -4,17 +4,24 @@
 
 # %% ../../nbs/adapters/21_position.ipynb #8d6e3a18
 from __future__ import annotations
+from contextlib import nullcontext
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..parts import Registry
+from .align import linear
+from ..parts import PartError, Registry, TaskModule
 
 # %% auto #0
-__all__ = ['POSITION', 'NoPosition', 'sinusoid', 'sincos_2d', 'SinCos']
+__all__ = ['POSITION', 'NoPosition', 'sinusoid', 'sincos_2d', 'Table', 'SinCos', 'TAPE', 'attend', 'Relative', 'Content',
+           'radial_2d', 'Hybrid']
 
 # %% ../../nbs/adapters/21_position.ipynb #30a33687
-POSITION = Registry('position', 'adds to each patch where it is, features in, features out', context=('dim', 'grid'))
+POSITION = Registry('position', 'adds to each patch where it is, features in, features out',
+                    context=('dim', 'grid', 'generator'))
 
 @POSITION.register('none')
 class NoPosition(nn.Identity):
@@ -23,22 +30,39 @@ class NoPosition(nn.Identity):
 
 # %% ../../nbs/adapters/21_position.ipynb #e616b967
 def sinusoid(
-    n: int,               # positions
+    at: torch.Tensor,     # (…) positions, in patches
     dim: int,             # channels
     base: float = 1e4,    # the longest wave is 2π·base positions
-) -> torch.Tensor:        # (n, dim) float32
+) -> torch.Tensor:        # (…, dim) float32
     "Sine on even channels, cosine on odd ones, wavelengths in geometric progression."
     even = torch.arange(0, dim, 2, dtype=torch.float64)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * base ** (-even / max(dim, 1))
-    return torch.stack([angle.sin(), angle.cos()], -1).reshape(n, -1)[:, :dim].float()
+    angle = at.double()[..., None] * base ** (-even / max(dim, 1))
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :dim].float()
 
 def sincos_2d(
     h: int, w: int,       # grid
     dim: int,             # channels D
 ) -> torch.Tensor:        # (h, w, D) float32
     "The column's sinusoid on the first half of the channels, the row's on the second."
-    col, row = sinusoid(w, dim - dim // 2), sinusoid(h, dim // 2)
+    col, row = sinusoid(torch.arange(w), dim - dim // 2), sinusoid(torch.arange(h), dim // 2)
     return torch.cat([col[None].expand(h, -1, -1), row[:, None].expand(-1, w, -1)], -1)
+
+class Table(nn.Module):
+    "A fixed code `(H, W, D)` for whatever grid comes in; the last one is kept."
+    def __init__(self,
+        code=sincos_2d,       # (h, w, dim) → (h, w, dim)
+        scale: float = 1.,    # factor of the code
+    ):
+        super().__init__()
+        self.code, self.scale, self.kept = code, scale, None
+
+    def forward(self,
+        x: torch.Tensor,      # (B, H, W, D)
+    ) -> torch.Tensor:        # (H, W, D), as x is
+        t = self.kept
+        if t is None or t.shape != x.shape[1:] or t.dtype != x.dtype or t.device != x.device:
+            t = self.kept = (self.scale * self.code(*x.shape[1:])).to(x)
+        return t
 
 # %% ../../nbs/adapters/21_position.ipynb #1a49e404
 @POSITION.register('sincos')
@@ -49,12 +73,156 @@ class SinCos(nn.Module):
         scale: float = 1.,    # factor of the sinusoid
     ):
         super().__init__()
-        self.scale, self.table = scale, None
+        self.table = Table(scale=scale)
 
     def forward(self,
         x: torch.Tensor,      # (B, H, W, D)
     ) -> torch.Tensor:        # (B, H, W, D)
-        t = self.table
-        if t is None or t.shape != x.shape[1:] or t.dtype != x.dtype or t.device != x.device:
-            t = self.table = (self.scale * sincos_2d(*x.shape[1:])).to(x)
-        return x + t
+        return x + self.table(x)
+
+# %% ../../nbs/adapters/21_position.ipynb #83608695
+@POSITION.register('tape')
+class TAPE(TaskModule):
+    "The sinusoid in a strength that each task learns, with a learning rate of its own (V5.8, failed; log-det zero)."
+    in_likelihood = True
+    def __init__(self,
+        start: float = 0.,              # θ at the start; the strength is σ(θ)
+        lr_multiplier: float = 100.,    # factor of the learning rate for θ
+        scale: float = 1.,              # factor of the sinusoid
+    ):
+        super().__init__()
+        if lr_multiplier <= 0: raise PartError(f"position 'tape': lr_multiplier={lr_multiplier} must be positive.")
+        self.start, self.lr_scale, self.table = start, lr_multiplier, Table(scale=scale)
+
+    def task_weights(self, first, generator): return nn.ParameterDict({'gate': torch.tensor(float(self.start))})
+
+    def strength(self) -> torch.Tensor:
+        "Of the slot in use, in (0, 1)."
+        return self.own['gate'].sigmoid()
+
+    def forward(self,
+        x: torch.Tensor,      # (B, H, W, D)
+    ) -> torch.Tensor:        # (B, H, W, D)
+        return x + self.strength() * self.table(x)
+
+# %% ../../nbs/adapters/21_position.ipynb #f9011b06
+def attend(
+    q: torch.Tensor,                     # (B, heads, N, d) queries
+    k: torch.Tensor,                     # (B, heads, M, d) keys
+    v: torch.Tensor,                     # (B, heads, M, e) values
+    bias: torch.Tensor | None = None,    # (heads, N, M), added before the softmax
+) -> torch.Tensor:                       # (B, heads, N, e)
+    "softmax(q kᵀ/√d + bias) v, with first and second derivatives."
+    with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+
+# %% ../../nbs/adapters/21_position.ipynb #fa0810d4
+@POSITION.register('relative')
+class Relative(nn.Module):
+    "Attention by content and offset, blended with the sinusoid (V5.5, failed; shared; outside the likelihood)."
+    in_likelihood = False
+    def __init__(self,
+        dim: int,                   # channels D
+        max_distance: int = 7,      # offsets beyond count as this far, in patches
+        heads: int = 4,             # M, must divide D
+        gate: float = 0.,           # θ at the start; the attention's share is σ(θ)
+        scale: float = 1.,          # factor of the sinusoid
+        generator: torch.Generator | None = None,  # for the shared weights
+    ):
+        super().__init__()
+        if dim % heads: raise PartError(f"position 'relative': heads={heads} must divide the {dim} channels.")
+        if max_distance < 1: raise PartError(f"position 'relative': max_distance={max_distance} must be 1 or more.")
+        self.dim, self.far, self.heads, self.table = dim, max_distance, heads, Table(scale=scale)
+        self.query = linear(dim, dim, generator)
+        self.key = linear(dim, dim, generator, bias=False)           # the softmax would ignore it
+        self.offsets = nn.Parameter(torch.zeros(heads, 2 * max_distance + 1, 2 * max_distance + 1))
+        self.gate = nn.Parameter(torch.tensor(float(gate)))
+
+    def bias(self, h: int, w: int) -> torch.Tensor:
+        "What each head adds for the offset of two patches, (heads, h·w, h·w)."
+        row, col = [torch.arange(n, device=self.offsets.device) for n in (h, w)]
+        row, col = [F.one_hot((v[:, None] - v).clamp(-self.far, self.far) + self.far, 2 * self.far + 1)
+                    .to(self.offsets) for v in (row, col)]
+        return torch.einsum('ika,mab,jlb->mijkl', row, self.offsets, col).reshape(self.heads, h * w, h * w)
+
+    def forward(self,
+        x: torch.Tensor,            # (B, H, W, D)
+    ) -> torch.Tensor:              # (B, H, W, D)
+        B, H, W, D = x.shape
+        def heads(v): return v.reshape(B, H * W, self.heads, -1).transpose(1, 2)
+        n, g = F.layer_norm(x, (D,)), self.gate.sigmoid()
+        a = attend(*[heads(v) for v in (self.query(n), self.key(n), x)], self.bias(H, W))
+        return x + (1 - g) * self.table(x) + g * a.transpose(1, 2).reshape(x.shape)
+
+# %% ../../nbs/adapters/21_position.ipynb #627ee872
+@POSITION.register('content')
+class Content(TaskModule):
+    "Adds the code of the task's prototypes that a patch resembles (V5.7, failed; outside the likelihood)."
+    in_likelihood = False
+    code = staticmethod(sincos_2d)
+    def __init__(self,
+        dim: int,                   # channels D
+        prototypes: int = 16,       # K
+        temperature: float = .1,    # τ of the softmax over cosines
+        mode: Literal['blend', 'replace'] = 'blend',  # beside the absolute code, or instead of it
+        scale: float = 1.,          # factor of the absolute code
+    ):
+        super().__init__()
+        for name, v in dict(prototypes=prototypes, temperature=temperature).items():
+            if v <= 0: raise PartError(f'position: {name}={v} must be positive.')
+        self.dim, self.prototypes, self.temperature, self.mode = dim, prototypes, temperature, mode
+        self.table = Table(self.code, scale)
+
+    def task_weights(self, first, generator):
+        own = nn.ParameterDict({k: s * torch.randn(self.prototypes, self.dim, generator=generator)
+                                for k, s in dict(prototypes=1., codes=.02).items()})
+        own.register_buffer('mean', torch.zeros(self.dim))
+        if self.mode == 'blend': own['gate'] = torch.zeros(())
+        return own
+
+    def observe(self, x):
+        "Starts from the mean patch, and from patches that lie far from each other (farthest point first)."
+        own, rows = self.own, x.reshape(-1, self.dim)
+        own.mean.copy_(rows.mean(0))
+        rows = F.normalize(rows[::max(1, len(rows) // 4096)] - own.mean, dim=-1)
+        near = rows @ F.normalize(rows.mean(0), dim=0)
+        for p in own['prototypes']:
+            p.copy_(rows[near.argmin()])
+            near = torch.maximum(near, rows @ p)
+
+    def weights(self,
+        x: torch.Tensor,            # (B, H, W, D)
+    ) -> torch.Tensor:              # (B, H, W, K), sum 1
+        "How much each patch resembles each prototype."
+        cos = F.linear(F.normalize(x - self.own.mean, dim=-1), F.normalize(self.own['prototypes'], dim=-1))
+        return (cos / self.temperature).softmax(-1)
+
+    def forward(self,
+        x: torch.Tensor,            # (B, H, W, D)
+    ) -> torch.Tensor:              # (B, H, W, D)
+        if self.observing: self.observe(x)
+        own = self.own
+        code = self.weights(x) @ own['codes']
+        if self.mode == 'replace': return x + code
+        g = own['gate'].sigmoid()
+        return x + (1 - g) * self.table(x) + g * code
+
+# %% ../../nbs/adapters/21_position.ipynb #a2e7e755
+def radial_2d(
+    h: int, w: int,       # grid
+    dim: int,             # channels D
+) -> torch.Tensor:        # (h, w, D) float32
+    "The sinusoid of the distance from the middle of the grid."
+    row, col = [torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in (h, w)]
+    return sinusoid(torch.hypot(row[:, None], col), dim)
+
+@POSITION.register('hybrid')
+class Hybrid(Content):
+    "Content blended with the distance from the middle: turns with the image (V5.7, failed; outside the likelihood)."
+    code = staticmethod(radial_2d)
+    def __init__(self,
+        dim: int,                   # channels D
+        prototypes: int = 16,       # K
+        temperature: float = .1,    # τ of the softmax over cosines
+        scale: float = 1.,          # factor of the code of the distance
+    ): super().__init__(dim, prototypes, temperature, scale=scale)

@@ -200,6 +200,7 @@ def defect_batches(self: Trainer, detector, task):
 def fit(self: Trainer, detector, task: Task, features):
     "Trains what the strategy allows on the task's images; continues from `self.resume` if that lies in this task."
     rows, strategy = by_group(detector, features, task, self.task_of), self.strategy
+    strategy.rate = lambda e: learning_rate(e, self.epochs, 1., self.warmup if task.index else 0)
     slots = [detector.groups[g] for g in rows]
     state, self.resume = self.resume or {'epoch': 0, 'step': 0, 'logs': []}, None
     if 'folder' not in state: strategy.start(detector, task, features)
@@ -342,14 +343,15 @@ def _normals(self: Learner, task, tasks):
 @patch
 def _learn(self: Learner, task, part, log, setup):
     trainer, own = self.trainer, {'class': list(task.classes)}
-    trainer.held = self.features.where(split='validation', label=0, **own)
-    trainer.defects = None if self.defects is None else self.defects.where(**own)
+    trained = {'class': part.index['class'].unique().tolist()}
+    trainer.held = self.features.where(split='validation', label=0, **trained)
+    trainer.defects = None if self.defects is None else self.defects.where(**trained)
     def write(state, tensors):
         state = {'history': trainer.history, 'digests': log, 'setup': setup, 'task': task.index, **state}
         self.checkpoint.write(self.detector, self.router, state, tensors, trainer.strategy.state_dict())
     trainer.save = write if self.checkpoint else None
     self.router.learn(task, self.features.where(split='train', label=0, **own), self.detector)
     self.detector.learn(task, on_device(part, self.device), trainer)
-    self.router.calibrate(task, trainer.held, self.detector)
+    self.router.calibrate(task, trainer.held.where(**own), self.detector)
     log.append(digests(self.detector))
     if self.checkpoint: write({'task': task.index + 1}, {})

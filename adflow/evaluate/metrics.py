@@ -117,7 +117,7 @@ def evaluate_class(
     labels,                         # (N,) bool or 0/1
     aggregate='top_k',              # image score, a part of `AGGREGATES`
     size=None,                      # (h, w) of the pixel maps; None: the size of the masks
-    sigma: float = 4.,              # smoothing of the pixel maps, in pixels
+    smoothing=4.,                   # of the pixel maps: σ in pixels, or a part of `SMOOTHING`
     align_corners: bool = False,    # see `pixel_maps`
     fpr_limit: float = .3,          # of AUPRO
 ) -> dict[str, float]:              # every name in `METRICS`
@@ -129,7 +129,7 @@ def evaluate_class(
         raise ValueError(f'masks have shape {tuple(masks.shape)}, score maps {tuple(maps.shape)}.')
     if (mixed := (masks.flatten(1).any(1) & ~positive).nonzero().flatten().tolist()):
         raise ValueError(f'{len(mixed)} images are labelled normal but have a mask, first at index {mixed[:5]}.')
-    pixels = pixel_maps(maps, masks.shape[1:] if size is None else size, sigma, align_corners)
+    pixels = pixel_maps(maps, masks.shape[1:] if size is None else size, smoothing, align_corners)
     return {**image_metrics(scores, positive), **pixel_metrics(pixels, masks, fpr_limit)}
 
 # %% ../../nbs/evaluate/71_metrics.ipynb #aa71fcc0

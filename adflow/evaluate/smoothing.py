@@ -108,7 +108,7 @@ class MultiSigma:
     def __init__(self,
         sigmas: list[float] = (2., 4.),         # in pixels
         weights: list[float] | None = None,     # of the mean, made to sum to 1; None: all the same
-        reduce: Literal['mean', 'max'] = 'mean',
+        reduce: Literal['mean', 'max'] = 'mean', # over the Gaussians
         align_corners: bool = False,
     ):
         self.sigmas, self.reduce, self.align_corners = _sigmas('multi_sigma', *sigmas), reduce, align_corners

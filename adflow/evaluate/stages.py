@@ -9,15 +9,18 @@ import hashlib
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
 from .metrics import METRICS, evaluate_class
-from .scoring import image_scores, pixel_maps
+from .scoring import AGGREGATES, image_scores
+from .smoothing import SMOOTHING
 from ..features.augment import draw
+from ..parts import PartError
 
 # %% auto #0
-__all__ = ['score_maps', 'StageEvaluator']
+__all__ = ['score_maps', 'PerGroup', 'StageEvaluator']
 
 # %% ../../nbs/evaluate/73_stages.ipynb #e54df0ba
 def score_maps(
@@ -42,66 +45,110 @@ def score_maps(
     return out
 
 # %% ../../nbs/evaluate/73_stages.ipynb #9eb6ef20
+class PerGroup:
+    "One callable for images of several groups: each image by the part of its own group."
+    def __init__(self, parts: dict, groups): self.parts, self.groups = parts, np.asarray(groups)
+    def __call__(self, maps, *size):
+        out = [(rows := np.flatnonzero(self.groups == g), part(maps[rows], *size)) for g, part in self.parts.items()]
+        like = maps.new_empty(len(maps), *out[0][1].shape[1:])
+        for rows, x in out: like[rows] = x
+        return like
+
 class StageEvaluator:
     "Called with a learner's stage, returns one row per seen class, routed and oracle."
     def __init__(self,
         features,                  # FeatureSet with the test images of all classes
         aggregate='top_k',         # how a score map becomes an image score, as in YAML
-        sigma: float = 4.,         # Gaussian smoothing of the pixel maps, in pixels
+        smoothing=4.,              # how it becomes a pixel map: σ in pixels, or a part, as in YAML
         batch_size: int = 16,      # images per scoring step; part of the result's last bits
         progress: bool = True,
+        defects=None,              # FeatureSet of synthetic defects on held-out normals, for parts that are fitted
     ):
-        self.features, self.args = features, dict(aggregate=aggregate, sigma=sigma)
-        pixel_maps(torch.zeros(1, *features.grid), features.grid,
-                   sigma)     # refuse what cannot work before anything learns
-        image_scores(torch.zeros(1, *features.grid), aggregate)
-        self.batch_size, self.progress, self._known, self._masks = batch_size, progress, {}, {}
+        self.features, self.batch_size, self.progress, self.defects = features, batch_size, progress, defects
+        self._known, self._masks, self._fitted = {}, {}, {}
+        parts = {'aggregate': (AGGREGATES, aggregate), 'smoothing': (SMOOTHING, smoothing)}
+        names = {k: r.check(s)[0] for k, (r, s) in parts.items()}
+        self.fits = [k for k, (r, _) in parts.items() if getattr(r[names[k]], 'fits', False)]
+        self.make = {'aggregate': lambda: AGGREGATES.build(aggregate) if 'aggregate' in self.fits
+                     else lambda maps: image_scores(maps, aggregate), 'smoothing': lambda: SMOOTHING.build(smoothing)}
+        if self.fits and not (defects is not None and len(defects.where(split='validation'))):
+            k = self.fits[0]
+            raise PartError(f"{k} '{names[k]}' is fitted on held-out normals with synthetic defects, and there are "
+                            'none: set pseudo (such as {}) and validation.')
+        zeros, of = torch.zeros(1, *features.grid), {k: m() for k, m in self.make.items()}
+        if 'aggregate' not in self.fits: of['aggregate'](zeros)      # refuse what cannot work before anything learns
+        if 'smoothing' not in self.fits: of['smoothing'](zeros, features.grid)
 
     def of(self, cls: str):
         "The test images of a class."
         return self.features.where(split='test', **{'class': cls})
 
-    def route(self, stage) -> pd.DataFrame:  # a row per image: class, task, group, routed_class, routed_group, margin
-        "Where every test image of the seen classes is sent; `routed_class` is None where the router names tasks only."
-        by_name, rows = {t.name: t for t in stage.tasks}, []
-        for task, c in [(t, c) for t in stage.tasks for c in t.classes]:
-            part = self.of(c)
-            if not len(part): continue
-            said = stage.router.route(part, stage.detector)
-            groups = [stage.detector.group_of(t, k or by_name[t].classes[0]) for t,
-                      k in zip(said['task'], said['class'])]
-            rows.append(pd.DataFrame({
-                'class': c, 'task': task.name, 'group': stage.detector.group_of(task.name,
-                                                                                c), 'routed_class': said['class'],
-                'routed_group': groups, 'margin': said['margin'], 'image': part.index['image'].to_numpy()}))
-        return pd.concat(rows, ignore_index=True)
+# %% ../../nbs/evaluate/73_stages.ipynb #faa24da4
+@patch
+def parts_of(self: StageEvaluator, stage, group) -> tuple[str, dict]:
+    "Aggregate and smoothing for images scored with a group's adapters, and a key of what they were fitted on."
+    if not self.fits: return self._fitted.setdefault('', ('', {k: m() for k, m in self.make.items()}))
+    classes = [c for t in stage.tasks for c in t.classes if stage.detector.group_of(t.name, c) == group]
+    own = {'split': 'validation', 'class': classes}
+    held, bad = self.features.where(label=0, **own), self.defects.where(**own)
+    if not len(held) or not len(bad): raise PartError(f'{self.fits[0]}: {group} has no held-out normals to fit on.')
+    maps = torch.cat([score_maps(stage.detector, f, [group] * len(f), self.batch_size) for f in (held, bad)])
+    key = hashlib.sha256(maps.numpy().tobytes()).hexdigest()
+    if key not in self._fitted:
+        parts = {k: m() for k, m in self.make.items()}
+        if 'aggregate' in self.fits: parts['aggregate'].fit(maps, np.r_[np.zeros(len(held)), np.ones(len(bad))])
+        if 'smoothing' in self.fits: parts['smoothing'].fit(maps, np.concatenate([held.masks(), bad.masks()]))
+        self._fitted[key] = key, parts
+    return self._fitted[key]
 
-    def metrics(self, cls, maps) -> dict:
-        "The seven metrics of a class; reused if the very same maps were seen before."
-        part = self.of(cls)
-        if not len(part): return dict.fromkeys(METRICS, float('nan'))    # a class without test images has no numbers
-        key = cls, hashlib.sha256(maps.numpy().tobytes()).hexdigest()
-        if cls not in self._masks: self._masks[cls] = part.masks()
-        if key not in self._known:
-            masks = self._masks[cls]
-            self._known[key] = evaluate_class(maps, masks, part.index['label'].to_numpy(), size=masks.shape[-2:],
-                                              **self.args)
-        return self._known[key]
+@patch
+def parts_for(self: StageEvaluator, stage, groups) -> tuple[str, dict]:
+    "As `parts_of`, for images of several groups."
+    found = {g: self.parts_of(stage, g) for g in dict.fromkeys(groups)}
+    return (str([(k, key) for k, (key, _) in found.items()]) if self.fits else '',
+            {k: PerGroup({g: parts[k] for g, (_, parts) in found.items()}, groups) for k in self.make})
 
-    def __call__(self,
-        stage,                     # from `Learner.stages`
-    ) -> pd.DataFrame:             # columns stage, task, class, routed, seven metrics, routing, n_good, n_defect
-        "All seen classes after a task."
-        sent, rows, seen = self.route(stage), [], [(t.name, c) for t in stage.tasks for c in t.classes]
-        for task, c in tqdm(seen, desc=f'evaluate stage {stage.index}', unit='class', disable=not self.progress):
-            part, s = self.of(c), sent[sent['class'] == c]
-            right = (s['group'] == s['routed_group']).to_numpy()
-            oracle = score_maps(stage.detector, part, s['group'], self.batch_size)
-            routed = oracle if right.all() else score_maps(stage.detector, part, s['routed_group'], self.batch_size)
-            counts = {'n_good': int((part.index['label'] == 0).sum()),
-                      'n_defect': int((part.index['label'] == 1).sum())}
-            for is_routed, maps in ((True, routed), (False, oracle)):
-                rows.append({'stage': stage.index, 'task': task, 'class': c, 'routed': is_routed,
-                             **self.metrics(c, maps),
-                             'routing': float(right.mean()) if is_routed and len(right) else 1., **counts})
-        return pd.DataFrame(rows)
+@patch
+def route(self: StageEvaluator, stage) -> pd.DataFrame:
+    "A row per test image: class, task, group, routed_class (None where only tasks are named), routed_group, margin."
+    by_name, rows = {t.name: t for t in stage.tasks}, []
+    for task, c in [(t, c) for t in stage.tasks for c in t.classes]:
+        part, group_of = self.of(c), stage.detector.group_of
+        if not len(part): continue
+        said = stage.router.route(part, stage.detector)
+        groups = [group_of(t, k or by_name[t].classes[0]) for t, k in zip(said['task'], said['class'])]
+        rows.append(pd.DataFrame({
+            'class': c, 'task': task.name, 'group': group_of(task.name, c), 'routed_class': said['class'],
+            'routed_group': groups, 'margin': said['margin'], 'image': part.index['image'].to_numpy()}))
+    return pd.concat(rows, ignore_index=True)
+
+@patch
+def metrics(self: StageEvaluator, cls, maps, stage, groups) -> dict:
+    "The seven metrics of a class; reused if the very same maps were seen before."
+    part = self.of(cls)
+    if not len(part): return dict.fromkeys(METRICS, float('nan'))    # a class without test images has no numbers
+    fit, parts = self.parts_for(stage, groups)
+    key = cls, fit, hashlib.sha256(maps.numpy().tobytes()).hexdigest()
+    if cls not in self._masks: self._masks[cls] = part.masks()
+    if key not in self._known:
+        masks = self._masks[cls]
+        self._known[key] = evaluate_class(maps, masks, part.index['label'].to_numpy(), size=masks.shape[-2:], **parts)
+    return self._known[key]
+
+@patch
+def __call__(self: StageEvaluator,
+    stage,                     # from `Learner.stages`
+) -> pd.DataFrame:             # columns stage, task, class, routed, seven metrics, routing, n_good, n_defect
+    "All seen classes after a task."
+    sent, rows, seen = self.route(stage), [], [(t.name, c) for t in stage.tasks for c in t.classes]
+    for task, c in tqdm(seen, desc=f'evaluate stage {stage.index}', unit='class', disable=not self.progress):
+        part, s = self.of(c), sent[sent['class'] == c]
+        right = (s['group'] == s['routed_group']).to_numpy()
+        oracle = score_maps(stage.detector, part, s['group'], self.batch_size)
+        routed = oracle if right.all() else score_maps(stage.detector, part, s['routed_group'], self.batch_size)
+        counts = {'n_good': int((part.index['label'] == 0).sum()), 'n_defect': int((part.index['label'] == 1).sum())}
+        for is_routed, maps in ((True, routed), (False, oracle)):
+            rows.append({'stage': stage.index, 'task': task, 'class': c, 'routed': is_routed,
+                         **self.metrics(c, maps, stage, s['routed_group' if is_routed else 'group'].tolist()),
+                         'routing': float(right.mean()) if is_routed and len(right) else 1., **counts})
+    return pd.DataFrame(rows)

@@ -106,6 +106,7 @@ class Backbone:
         border: str = 'reflect',             # of the neighbourhoods: 'reflect', or 'zero' as in the origin
         kernel: int = 3,                     # side of the neighbourhoods, odd
         margin: int = 0,                     # CNNs: mirrored pixels around the image, left out of the grid
+        grid: int | tuple | None = None,     # resample all layers to this grid; None: the finest layer's
         image_size: int | tuple = 224,       # (h, w) or one number for both
         v1_stride: bool = False,             # ResNet weights trained with the v1 stride (Keras)
         seed: int = 0,                       # of random weights
@@ -134,31 +135,37 @@ class Backbone:
         self.hash, self.pools = weight_hash(net), None
         self._resize()
         shapes = [m.shape for m, _ in self._maps(torch.zeros(1, 3, *self.image_size))]
-        self.grid = max((tuple(s[2:]) for s in shapes), key=math.prod)
+        finest = max((tuple(s[2:]) for s in shapes), key=math.prod)
+        self.grid = finest if grid is None else (grid,) * 2 if isinstance(grid, int) else tuple(grid)
+        if len(self.grid) != 2 or min(self.grid) < 1: raise PartError(f'grid={grid}: give one number or (h, w).')
         dims = self._dims([s[1] for s in shapes], chosen['dim'])
-        self.dim = dims[0] if chosen['combine'] == 'mean' else sum(dims)
+        self.layers = dims[:1] if chosen['combine'] == 'mean' else dims      # channels of each, in their order
+        self.dim = sum(self.layers)
         self.pools = nn.ModuleList(PatchPool(s[1], d, chosen['pool'], border, kernel) for s, d in zip(shapes, dims))
         self.to(device)
 
-    def _dims(self, channels, dim):
-        "How many channels each layer contributes."
-        wide = self.settings['kernel']**2 if self.settings['pool'] == 'unfold' else 1
-        if self.settings['combine'] == 'mean':
-            dims = [c * wide for c in channels] if dim == 'all' else [dim] * len(channels)
-            if len(set(dims)) > 1: raise PartError(f'combine: mean needs one dim for {channels} channels, such as 768.')
-            return dims
-        if dim == 'all': return [c * wide for c in channels]
-        share, rest = divmod(dim, len(channels))
-        return [share + (i < rest) for i in range(len(channels))]
+# %% ../../nbs/features/11_backbone.ipynb #183956c5
+@patch
+def _dims(self: Backbone, channels, dim):
+    "How many channels each layer contributes."
+    wide = self.settings['kernel']**2 if self.settings['pool'] == 'unfold' else 1
+    if self.settings['combine'] == 'mean':
+        dims = [c * wide for c in channels] if dim == 'all' else [dim] * len(channels)
+        if len(set(dims)) > 1: raise PartError(f'combine: mean needs one dim for {channels} channels, such as 768.')
+        return dims
+    if dim == 'all': return [c * wide for c in channels]
+    share, rest = divmod(dim, len(channels))
+    return [share + (i < rest) for i in range(len(channels))]
 
-    def _resize(self):
-        "Fits a ViT's position embedding to the image size."
-        if not self.is_vit: return
-        p = self.net.patch_embed.patch_size
-        if any(s % q for s, q in zip(self.image_size, p)):
-            good = tuple(max(round(s / q), 1) * q for s, q in zip(self.image_size, p))
-            raise PartError(f"'{self.name}' cuts {p}: size {self.image_size} does not fit, {good} does.")
-        if self.image_size != tuple(self.net.patch_embed.img_size): self.net.set_input_size(img_size=self.image_size)
+@patch
+def _resize(self: Backbone):
+    "Fits a ViT's position embedding to the image size."
+    if not self.is_vit: return
+    p = self.net.patch_embed.patch_size
+    if any(s % q for s, q in zip(self.image_size, p)):
+        good = tuple(max(round(s / q), 1) * q for s, q in zip(self.image_size, p))
+        raise PartError(f"'{self.name}' cuts {p}: size {self.image_size} does not fit, {good} does.")
+    if self.image_size != tuple(self.net.patch_embed.img_size): self.net.set_input_size(img_size=self.image_size)
 
 # %% ../../nbs/features/11_backbone.ipynb #d2a7b309
 @patch
@@ -191,7 +198,7 @@ def features(self: Backbone,
     for (m, s), pool in zip(self._maps(images), self.pools):
         m = pool(m)
         if tuple(m.shape[2:]) != self.grid:
-            m = F.interpolate(m, size=self.grid, mode='bilinear', align_corners=False)
+            m = F.interpolate(m, size=self.grid, mode='bilinear', antialias=m.shape[2] > self.grid[0])
         patches.append(m)
         if s is not None: special.append(F.adaptive_avg_pool1d(s, m.shape[1]) if s.shape[2] != m.shape[1] else s)
     join = (lambda xs, d: torch.stack(xs).mean(0)) if self.settings['combine'] == 'mean' else torch.cat
@@ -234,16 +241,16 @@ def __repr__(self: Backbone):
 # %% ../../nbs/features/11_backbone.ipynb #892fb64c
 class Backbones(Registry):
     "Any timm CNN or plain ViT, by its timm name; the arguments are those of `Backbone`."
-    def __contains__(self, name): return timm.is_model(str(name).split('.')[0])
-    def __iter__(self): return iter(['resnet50', 'tf_efficientnet_lite0', 'vit_base_patch14_dinov2',
+    def __contains__(self, name): return name in self.parts or timm.is_model(str(name).split('.')[0])
+    def __iter__(self): return iter([*self.parts, 'resnet50', 'tf_efficientnet_lite0', 'vit_base_patch14_dinov2',
                                      'vit_base_patch14_reg4_dinov2', 'vit_base_patch16_224', 'wide_resnet50_2'])
     def __getitem__(self, name):
-        if name in self: return Backbone
+        if name in self: return self.parts.get(name, Backbone)
         close = difflib.get_close_matches(str(name), timm.list_models(), n=3, cutoff=.6)
         hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ''
         raise PartError(f"timm has no backbone '{name}'.{hint}")
     def build(self, spec, **context):
         name, args = self.check(spec)
-        return Backbone(name, **args, **context)
+        return self[name](**args, **context) if name in self.parts else Backbone(name, **args, **context)
 
 BACKBONES = Backbones('backbone', 'the frozen network: any timm model', context=('name', 'image_size', 'device'))

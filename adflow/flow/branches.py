@@ -148,7 +148,7 @@ def _ranges(name: str, layers, dim: int, least: int = 2) -> list[tuple[int, int]
 class BackboneEnsemble(Fused):
     "One flow per backbone, their z-scored maps averaged, or the largest (noted in seed 004, never tried there)."
     def __init__(self,
-        reduce: Literal['mean', 'max'] = 'mean',
+        reduce: Literal['mean', 'max'] = 'mean', # over the networks
         groups: list[int] | None = None,  # how many layers belong to each backbone; None: each layer by itself
         dim: int | None = None,           # channels of the features, given by the house
         layers: list | None = None,       # channels of each layer, given by the house
@@ -190,7 +190,7 @@ class FPNFusion(Fused):
             weight = best_by_ap(tries, lambda c: self.fuse(maps, c), positive)
         self.own.set(weight=weight)
 
-# %% ../../nbs/flow/48_branches.ipynb #df13e480
+# %% ../../nbs/flow/48_branches.ipynb #3324335f
 def narrow(
     features,                 # FeatureSet or None
     channels: slice,
@@ -201,6 +201,7 @@ def narrow(
     out.parts = [{**p, **{k: p[k][..., channels] for k in ('features', 'pooled')}} for p in features.parts]
     return out
 
+# %% ../../nbs/flow/48_branches.ipynb #587c00a5
 class Scorer(nn.Module):
     "What makes score maps of features, given one flow per view: score, fusion, refinement, calibration."
     def __init__(self,

@@ -13,7 +13,8 @@ from torch import nn
 from ..parts import PartError, TaskModule
 
 # %% auto #0
-__all__ = ['merge', 'MergedLinear', 'LoRALinear']
+__all__ = ['merge', 'MergedLinear', 'linear_start', 'LoRALinear', 'OwnLinear', 'SpectralLoRALinear', 'cell_weights',
+           'SpatialLoRALinear']
 
 # %% ../../nbs/flow/40_lora.ipynb #5a85deb6
 def merge(
@@ -47,9 +48,21 @@ class MergedLinear(torch.autograd.Function):
             if need_b: db = (ctx.scale * g.t() @ (rows @ a.to(x.dtype).t())).to(b.dtype)
         return dx, None, dbias, da, db, None
 
+# %% ../../nbs/flow/40_lora.ipynb #b32f1652
+def linear_start(
+    in_features: int,
+    out_features: int,
+    generator: torch.Generator | None = None,   # None: torch's global stream
+) -> tuple[torch.Tensor, torch.Tensor]:         # (out, in), (out,)
+    "Weight and bias of a linear layer at the start, as `torch.nn.Linear` draws them."
+    bound = in_features ** -.5
+    return (torch.empty(out_features, in_features).uniform_(-bound, bound, generator=generator),
+            torch.empty(out_features).uniform_(-bound, bound, generator=generator))
+
 # %% ../../nbs/flow/40_lora.ipynb #2a9971be
 class LoRALinear(TaskModule):
     "A shared linear layer with a low-rank update and a bias per task (seed 004; Hu et al. 2021)."
+    on_grid = False                      # whether it must see (B, H, W, in) instead of rows
     def __init__(self,
         in_features: int,
         out_features: int,
@@ -67,29 +80,123 @@ class LoRALinear(TaskModule):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.scale = alpha / max(rank, 1) / (1 if scaling == 'alpha/r' else 2)
         self.first_task, self.bias_per_task = first_task, bias_per_task
-        bound = in_features ** -.5       # as torch.nn.Linear
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound, generator=generator))
-        self.bias = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound, generator=generator))
+        self.weight, self.bias = [nn.Parameter(p) for p in linear_start(in_features, out_features, generator)]
 
-    def task_weights(self, first, generator):
+    def task_weights(self, first, generator): return nn.ParameterDict(self.update(first, generator))
+
+    def update(self, first, generator, cells=()) -> dict[str, torch.Tensor]:
+        "What a new task owns: a (…, r, in) by Xavier, b (…, out, r) zero, and its bias; `cells` stands for the dots."
         own = {}
         if self.rank and (self.first_task or not first):
             bound = (6 / (self.in_features + self.rank)) ** .5    # Xavier uniform
-            own['a'] = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
-            own['b'] = torch.zeros(self.out_features, self.rank)
+            own['a'] = torch.empty(*cells, self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+            own['b'] = torch.zeros(*cells, self.out_features, self.rank)
         if self.bias_per_task: own['bias'] = torch.zeros(self.out_features)
-        return nn.ParameterDict(own)
+        return own
+
+    def base(self) -> torch.Tensor: return self.weight            # (out, in), what the update is added to
 
     def forward(self,
         x: torch.Tensor,    # (…, in)
     ) -> torch.Tensor:      # (…, out), in the autocast dtype if autocast is on
-        own = self.own
+        own, weight = self.own, self.base()
         bias = self.bias + own['bias'] if 'bias' in own else self.bias
-        if 'a' not in own: return F.linear(x, self.weight, bias)
+        if 'a' not in own: return F.linear(x, weight, bias)
         a, b, device = own['a'], own['b'], x.device.type
         if torch.is_autocast_enabled(device): x = x.to(torch.get_autocast_dtype(device))
-        if torch.is_grad_enabled() and not self.weight.requires_grad:
-            return MergedLinear.apply(x, self.weight, bias, a, b, self.scale)
-        return F.linear(x, merge(self.weight, a, b, self.scale).to(x.dtype), bias.to(x.dtype))
+        if torch.is_grad_enabled() and not weight.requires_grad:
+            return MergedLinear.apply(x, weight, bias, a, b, self.scale)
+        return F.linear(x, merge(weight, a, b, self.scale).to(x.dtype), bias.to(x.dtype))
 
     def extra_repr(self): return f'{self.in_features}, {self.out_features}, rank={self.rank}, scale={self.scale:g}'
+
+# %% ../../nbs/flow/40_lora.ipynb #6e00abd5
+class OwnLinear(TaskModule):
+    "A linear layer that each task owns whole: no shared weight, no rank (the origin's dead `use_regular_linear`)."
+    on_grid = False
+    def __init__(self,
+        in_features: int,
+        out_features: int,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def task_weights(self, first, generator):
+        return nn.ParameterDict(zip(('weight', 'bias'), linear_start(self.in_features, self.out_features, generator)))
+
+    def forward(self,
+        x: torch.Tensor,    # (…, in)
+    ) -> torch.Tensor:      # (…, out)
+        return F.linear(x, self.own['weight'], self.own['bias'])
+
+# %% ../../nbs/flow/40_lora.ipynb #22373b70
+class SpectralLoRALinear(LoRALinear):
+    "A `LoRALinear` whose shared weight is normalized to a spectral norm (Miyato et al. 2018; seed 004, V6)."
+    def __init__(self,
+        in_features: int,
+        out_features: int,
+        norm: float = 1.,                # κ, the spectral norm of the shared weight
+        vectors: int = 16,               # that are iterated together; 1: plain power iteration, which lags
+        generator: torch.Generator | None = None, # for the shared weight; None: torch's global stream
+        **lora,                          # as for `LoRALinear`
+    ):
+        super().__init__(in_features, out_features, generator=generator, **lora)
+        if norm <= 0 or vectors < 1:
+            raise PartError(f'SpectralLoRALinear: norm={norm} must be above 0, vectors={vectors} 1 or more.')
+        self.norm = norm
+        vectors = min(vectors, in_features, out_features)
+        self.register_buffer('u', torch.randn(out_features, vectors, generator=generator))
+        for _ in range(10): self.iterate()
+
+    @torch.no_grad()
+    def iterate(self):
+        "One step of power iteration; the last column of `u` is the left singular vector of the largest value."
+        q = torch.linalg.qr(self.weight @ (self.weight.t() @ self.u))[0]
+        v = self.weight.t() @ q
+        self.u = q @ torch.linalg.eigh(v.t() @ v)[1]     # a new tensor: the old one may belong to a graph
+
+    def base(self):
+        with torch.autocast(self.weight.device.type, enabled=False):
+            if self.training and torch.is_grad_enabled() and self.weight.requires_grad: self.iterate()
+            return self.weight * (self.norm / torch.linalg.vector_norm(self.weight.t() @ self.u[:, -1]))
+
+# %% ../../nbs/flow/40_lora.ipynb #2ef55e00
+def cell_weights(
+    size: tuple[int, int],      # (H, W) patches
+    cells: int,                 # C
+    like: torch.Tensor,         # dtype and device
+) -> torch.Tensor:              # (H, W, C²), ≥ 0, sums to 1
+    "Bilinear weights of a C × C grid of cells whose corners are the corner patches."
+    def hat(n):                 # (n, C): 1 on its own cell, 0 on the next
+        at = torch.linspace(0, cells - 1, n, dtype=like.dtype, device=like.device)
+        return (1 - (at[:, None] - torch.arange(cells, dtype=like.dtype, device=like.device)).abs()).clamp_min(0)
+    return (hat(size[0])[:, None, :, None] * hat(size[1])[None, :, None, :]).reshape(*size, cells**2)
+
+class SpatialLoRALinear(LoRALinear):
+    "A `LoRALinear` whose update is interpolated between the cells of a grid over the image (SC-LoRA, seed 004, v4)."
+    on_grid = True
+    def __init__(self,
+        in_features: int,
+        out_features: int,
+        rank: int = 4,                   # r of every cell
+        cells: int = 4,                  # C, along either side
+        **lora,                          # as for `LoRALinear`
+    ):
+        super().__init__(in_features, out_features, rank, **lora)
+        if rank < 1 or cells < 1:
+            raise PartError(f'SpatialLoRALinear: rank={rank} and cells={cells} must be 1 or more.')
+        self.cells = cells
+
+    def task_weights(self, first, generator):
+        return nn.ParameterDict(self.update(first, generator, cells=(self.cells**2,)))
+
+    def forward(self,
+        x: torch.Tensor,    # (B, H, W, in)
+    ) -> torch.Tensor:      # (B, H, W, out)
+        own = self.own
+        y = F.linear(x, self.base(), self.bias + own['bias'] if 'bias' in own else self.bias)
+        if 'a' not in own: return y
+        a, b = own['a'].flatten(0, 1), own['b'].transpose(0, 1).flatten(1)          # (C²·r, in), (out, C²·r)
+        w = cell_weights(x.shape[1:3], self.cells, own['a'])[..., None]             # (H, W, C², 1)
+        h = (w * F.linear(x, a).unflatten(-1, (-1, self.rank))).sum(-2)             # (B, H, W, r)
+        return y + self.scale * F.linear((w * h.unsqueeze(-2)).flatten(-2), b)

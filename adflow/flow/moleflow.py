@@ -13,11 +13,15 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..adapters import attention_context  # noqa: F401  registers its parts
 from ..adapters.align import ALIGN
 from ..adapters.context import CONTEXT
 from ..adapters.position import POSITION
+from . import latent_scores  # noqa: F401  registers scores and a loss
+from .branches import Scorer
 from .coupling import INVERTIBLE
-from .losses import build_losses, patch_nll
+from . import margin, score_matching  # noqa: F401  register their losses
+from .losses import build_losses
 from ..features.augment import AUGMENT
 from ..parts import (DETECTORS, Detector, PartError, TaskModule, add_task, check_conflicts, load_weights, nearest,
                           observing, slot_of, use_task)
@@ -54,7 +58,14 @@ class PatchFlow(nn.Module):
         x: Tensor,                       # (B, H, W, D) features of one group, the one in use
     ) -> tuple[Tensor, Tensor]:          # z (B, H, W, D), log_det (B, H, W) float32
         "Latents and log-determinants."
-        h = self.context(self.align(self.position(x)))
+        return self.density(self.aligned(x))
+
+    def aligned(self, x: Tensor) -> Tensor:
+        "What the likelihood is a likelihood of: features with position, alignment and context, (B, H, W, D)."
+        return self.context(self.align(self.position(x)))
+
+    def density(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        "The invertible part: aligned features to latents and log-determinants."
         log_det = torch.zeros(h.shape[:-1], device=h.device)
         for block in self.blocks:
             (h,), ld = block((h,))
@@ -95,6 +106,11 @@ class MoLEFlow(Detector):
         clamp: float = 1.9,              # bound of every log-scale
         global_affine: bool = False,     # trained scale and offset per coupling (the origin had them, untrained)
         loss: dict | None = None,        # name → arguments; None: MAIN's
+        branches: str | dict = 'none',   # several flows on views of the features, their maps fused
+        score: str | dict = 'nll',       # what of a flow counts as anomalous
+        refine: str | dict = 'none',     # the map looks at its own neighbourhood
+        calibration: str | dict = 'none', # maps of all groups on one scale
+        layers: list | None = None,      # channels of each layer (or network) in the features, for branches
         adapters: Literal['class', 'task'] = 'class',  # what owns one set of adapters
         separate: bool = False,          # every group owns a whole flow, nothing is shared
         augment: str | dict = 'none',    # changes images before the backbone
@@ -109,14 +125,23 @@ class MoLEFlow(Detector):
         for key, value, known in (('adapters', adapters, ('class', 'task')), ('norm', norm, ('none', 'actnorm'))):
             if value not in known: raise PartError(f'{key}: {value!r} is not one of its values.{nearest(value, known)}')
         self.dim, self.grid, self.adapters, self.seed, self.groups = dim, tuple(grid), adapters, seed, {}
-        args = dict(dim=dim, grid=self.grid, position=position, align=align, context=context, subnet=subnet,
-                    invertible=invertible, norm=norm, couplings=couplings, dia_blocks=dia_blocks,
-                    dia_hidden_ratio=dia_hidden_ratio, clamp=clamp, global_affine=global_affine)
-        self.flow = SeparateFlow(**args) if separate else PatchFlow(**args, seed=seed)
-        self.losses = build_losses(MAIN_LOSS if loss is None else loss)
-        self.augment = AUGMENT.build(augment)
+        args = dict(grid=self.grid, align=align, context=context, subnet=subnet, invertible=invertible, norm=norm,
+                    couplings=couplings, dia_blocks=dia_blocks, dia_hidden_ratio=dia_hidden_ratio, clamp=clamp,
+                    global_affine=global_affine)
+        scorer, flows = Scorer(dim, self.grid, score, branches, refine, calibration, layers), []
+        for i, v in enumerate(scorer.views):
+            own = dict(dim=len(range(dim)[v['channels']]), position=v['position'] or position)
+            own = SeparateFlow(**args, **own) if separate else PatchFlow(**args, **own, seed=seed + 1_000_003 * i)
+            flows.append(own)
+        self.flows, self.losses = nn.ModuleList(flows), build_losses(MAIN_LOSS if loss is None else loss)
+        self.scorer, self.augment = scorer, AUGMENT.build(augment)
 
-    def forward(self, x: Tensor): return self.flow(x)
+    @property
+    def flow(self):
+        "The flow of the first view, the slot in use; without branches the only one."
+        return self.in_use()[0]
+    def in_use(self) -> list: return [f.own if isinstance(f, SeparateFlow) else f for f in self.flows]
+    def forward(self, x: Tensor): return self.flow(x[..., self.scorer.views[0]['channels']])
     def save(self, folder): save_detector(self, folder)
     @classmethod
     def load(cls, folder, device='cpu'): return load_detector(cls, folder, device)
@@ -134,10 +159,14 @@ def loss(self: MoLEFlow,
     group: str,
     **state,                         # of the step: progress, generator, defects, …
 ) -> tuple[Tensor, dict]:
-    "The weighted training loss of a batch of one group, and its parts."
+    "The weighted training loss of a batch of one group, and its parts, summed over the branches."
     use_task(self, self.groups[group])
-    flow = self.flow.own if self.settings['separate'] else self.flow
-    total, values = self.losses(*flow(x), x=x, flow=flow, group=group, **state)
+    total, values, defects = 0., {}, state.pop('defects', None)
+    for v, flow in zip(self.scorer.views, self.in_use()):
+        own, channels = x[..., v['channels']], v['channels']
+        bad = None if defects is None else (defects[0][..., channels], defects[1])
+        loss, parts = self.losses(*flow(own), x=own, flow=flow, group=group, defects=bad, **state)
+        total, values = total + loss, {k: values.get(k, 0.) + p for k, p in parts.items()}
     if hasattr(self.augment, 'penalty') and x.requires_grad:
         values['augment'] = (extra := self.augment.penalty()).detach()
         total = total + extra
@@ -149,13 +178,13 @@ def score(self: MoLEFlow,
     features: Tensor,                # (B, H, W, D)
     group: str,                      # whose adapters
 ) -> Tensor:                         # (B, H, W) float32, nats; higher is more anomalous, may be negative
-    "Negative log-likelihood of every patch."
+    "How anomalous every patch is: the negative log-likelihood, or what score, branches, refine and calibration say."
     if group not in self.groups: raise PartError(f"No adapters for '{group}' yet.{nearest(group, self.groups)}")
     if tuple(features.shape[1:]) != (*self.grid, self.dim):
         raise ValueError(f'features are {tuple(features.shape[1:])} per image, not {(*self.grid, self.dim)} as '
                          'built.')
     use_task(self, self.groups[group])
-    return patch_nll(*self(features)).float()
+    return self.scorer(self.in_use(), features).float()
 
 @patch
 def group_of(self: MoLEFlow, task: str, cls: str) -> str: return cls if self.adapters == 'class' else task
@@ -171,6 +200,14 @@ def learn(self: MoLEFlow, task, features, trainer):
         self.groups[g] = add_task(self, self.seed)
         self.start(g, features.where(**{'class': classes}))
     trainer.fit(self, task, features)
+    trained, task_of = {}, getattr(trainer, 'task_of', {})
+    for c in dict.fromkeys(features.index['class']):
+        trained.setdefault(self.group_of(task_of.get(c, task.name), c), []).append(c)
+    for g, classes in trained.items():
+        use_task(self, self.groups[g])
+        extra = (getattr(trainer, k, None) for k in ('held', 'defects'))
+        self.scorer.fit(self.in_use(), features.where(**{'class': classes}),
+                        *(e and e.where(**{'class': classes}) for e in extra))
 
 @patch
 def start(self: MoLEFlow,
@@ -182,7 +219,9 @@ def start(self: MoLEFlow,
     use_task(self, self.groups[group])
     rows = sorted({round(i) for i in torch.linspace(0, len(features) - 1, min(images, len(features))).tolist()})
     if any(type(m).observe is not TaskModule.observe for m in self.modules() if isinstance(m, TaskModule)):
-        with observing(self): self(features.batch(rows))
+        x = features.batch(rows)
+        with observing(self):
+            for v, flow in zip(self.scorer.views, self.in_use()): flow(x[..., v['channels']])
 
 
 # %% ../../nbs/flow/49_moleflow.ipynb #f29d8dd4

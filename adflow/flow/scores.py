@@ -127,7 +127,7 @@ class BlockEnsemble(Score):
     fits = True
     def __init__(self,
         last: int | None = None,                   # only so many of the last prefixes; None: all
-        reduce: Literal['mean', 'max'] = 'mean',
+        reduce: Literal['mean', 'max'] = 'mean', # over the prefixes
     ):
         super().__init__()
         if last is not None and last < 1: raise PartError(f"score 'block_ensemble': last={last} must be 1 or more.")
@@ -143,7 +143,7 @@ class BlockEnsemble(Score):
         s = (s - self.own.mean.view(-1, 1, 1, 1)) / self.own.std.view(-1, 1, 1, 1)
         return s.mean(0) if self.reduce == 'mean' else s.amax(0)
 
-# %% ../../nbs/flow/46_scores.ipynb #918c4701
+# %% ../../nbs/flow/46_scores.ipynb #3cf0e322
 REFINE = Registry('refine', 'score maps look at their own neighbourhood: (B,H,W) → (B,H,W)', context=('grid',))
 
 @REFINE.register('none')
@@ -209,6 +209,7 @@ class MultiScaleConsistency(Refine):
         some = best_by_ap([each.new_tensor(c) / sum(c) for c in some], lambda c: torch.tensordot(c, each, 1), y)
         own.set(temperature=[t for t, _ in best], least=[w for _, w in best], weight=some)
 
+# %% ../../nbs/flow/46_scores.ipynb #43e579e4
 @REFINE.register('local_consistency')
 class LocalConsistency(MultiScaleConsistency):
     "Scores above their neighbours count less, for noise is isolated (seed 004, v5.5); trained on synthetic defects."

@@ -5,37 +5,46 @@
 # %% ../../nbs/flow/41_subnets.ipynb #f6679b5d
 from __future__ import annotations
 import math
-from typing import Literal
+from functools import partial
+from typing import Callable, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..adapters.context import DepthwiseKernel
-from .lora import LoRALinear
+from ..adapters.context import DepthwiseKernel, depthwise
+from .lora import LoRALinear, OwnLinear, SpatialLoRALinear, SpectralLoRALinear, linear_start
 from ..parts import PartError, Registry
 
 # %% auto #0
-__all__ = ['SUBNETS', 'Scaling', 'LoRAMLP', 'LoRASubnet', 'ScaleContextSubnet']
+__all__ = ['SUBNETS', 'Scaling', 'Border', 'MLP', 'LoRASubnet', 'gate_net', 'ContextSubnet', 'ScaleContextSubnet',
+           'gate_statistics', 'LinearSubnet', 'SpectralSubnet', 'SpatialLoRASubnet', 'neighbour_mean',
+           'NeighbourSubnet']
 
 # %% ../../nbs/flow/41_subnets.ipynb #7c27339f
 SUBNETS = Registry('subnet', 'predicts scale and shift in a coupling block: (B, H, W, dim_in) → (B, H, W, 2·dim_out)',
                    context=('dim_in', 'dim_out', 'generator'))
 
 # %% ../../nbs/flow/41_subnets.ipynb #a1878760
-Scaling = Literal['alpha/r', 'alpha/2r']
+Scaling, Border = Literal['alpha/r', 'alpha/2r'], Literal['reflect', 'zero']
 
-class LoRAMLP(nn.Module):
-    "LoRA linear, ReLU, LoRA linear."
-    def __init__(self, dim_in: int, hidden: int, dim_out: int, **lora):
+class MLP(nn.Module):
+    "Linear, ReLU, linear, of one kind of layer."
+    def __init__(self,
+        layer: Callable,                  # (in, out) → layer
+        dim_in: int,
+        hidden: int,
+        dim_out: int,
+    ):
         super().__init__()
-        self.first, self.second = LoRALinear(dim_in, hidden, **lora), LoRALinear(hidden, dim_out, **lora)
+        self.first, self.second = layer(dim_in, hidden), layer(hidden, dim_out)
     def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])       # on rows torch fuses the bias, even for half of the channels
-        return self.second(F.relu(self.first(rows), inplace=True)).view(*x.shape[:-1], -1)
+        # on rows torch fuses the bias, even for half of the channels
+        h = x if self.first.on_grid else x.reshape(-1, x.shape[-1])
+        return self.second(F.relu(self.first(h), inplace=True)).view(*x.shape[:-1], -1)
 
 @SUBNETS.register('lora')
-class LoRASubnet(LoRAMLP):
+class LoRASubnet(MLP):
     "One network for scale and shift, every patch for itself (the origin's MoLESubnet)."
     def __init__(self,
         dim_in: int,                      # channels of the half that passes
@@ -48,13 +57,70 @@ class LoRASubnet(LoRAMLP):
         bias_per_task: bool = True,       # whether each task has biases of its own
         generator: torch.Generator | None = None, # for the shared weights
     ):
-        super().__init__(dim_in, hidden or 2 * dim_in, 2 * dim_out, rank=rank, alpha=alpha, scaling=scaling,
-                         first_task=first_task, bias_per_task=bias_per_task, generator=generator)
+        layer = partial(LoRALinear, rank=rank, alpha=alpha, scaling=scaling, first_task=first_task,
+                        bias_per_task=bias_per_task, generator=generator)
+        super().__init__(layer, dim_in, hidden or 2 * dim_in, 2 * dim_out)
 
 # %% ../../nbs/flow/41_subnets.ipynb #34426954
+def gate_net(dim: int, hidden: int, start: float, generator=None) -> nn.Sequential:
+    "(…, dim) → (…, 1), `start` everywhere at the beginning; only the last weight is zero, so that all can learn."
+    net = nn.Sequential(nn.utils.skip_init(nn.Linear, dim, hidden), nn.ReLU(),
+                        nn.utils.skip_init(nn.Linear, hidden, 1))
+    with torch.no_grad():
+        for p, v in zip(net[0].parameters(), linear_start(dim, hidden, generator)): p.copy_(v)
+        net[2].weight.zero_(), net[2].bias.fill_(start)
+    return net
+
+class ContextSubnet(nn.Module):
+    "Scale and shift networks of one kind of layer; the scale network also sees the neighbourhood, through a gate."
+    def __init__(self,
+        layer: Callable,                  # (in, out) → layer
+        dim_in: int,
+        dim_out: int,
+        hidden: int | None = None,        # hidden channels; None: 2·dim_in
+        kernel: int = 5,                  # odd; 0: no context, and one network for both
+        border: Border = 'reflect',
+        alpha_max: float = .2,
+        alpha_init: float = .1,
+        gate: Literal['global', 'patch'] = 'global',
+        gate_hidden: int = 64,
+        generator: torch.Generator | None = None,   # for the gate of patches
+    ):
+        super().__init__()
+        hidden, self.alpha_max, self.context = hidden or 2 * dim_in, alpha_max, None
+        if not kernel:
+            self.both = MLP(layer, dim_in, hidden, 2 * dim_out)
+            return
+        if not 0 < alpha_init < alpha_max:
+            raise PartError(f'subnet: alpha_init={alpha_init} must lie in (0, alpha_max={alpha_max}).')
+        start = math.log(alpha_init / (alpha_max - alpha_init))
+        self.context = DepthwiseKernel(dim_in, kernel, border, init='zero')
+        self.gate = (nn.Parameter(torch.tensor(start)) if gate == 'global' else
+                     gate_net(2 * dim_in, gate_hidden, start, generator))
+        self.scale, self.shift = MLP(layer, 2 * dim_in, hidden, dim_out), MLP(layer, dim_in, hidden, dim_out)
+
+    def gated(self, x) -> tuple[torch.Tensor, torch.Tensor]:
+        "The gate α, a number or (B, H, W, 1), and the context c, (B, H, W, dim_in)."
+        if torch.is_tensor(self.gate):      # a parameter, or what functional_call puts in its place
+            alpha = self.alpha_max * self.gate.sigmoid()
+            return alpha, self.context(x, gain=alpha)
+        c = self.context(x)
+        alpha = self.alpha_max * self.gate(torch.cat([x, c], -1)).sigmoid()
+        return alpha, alpha * c
+
+    def forward(self,
+        x: torch.Tensor,    # (B, H, W, dim_in)
+    ) -> torch.Tensor:      # (B, H, W, 2·dim_out): raw scale, raw shift
+        if self.context is None: return self.both(x)
+        device = x.device.type
+        if torch.is_autocast_enabled(device): x = x.to(torch.get_autocast_dtype(device))   # once, not three times
+        return torch.cat([self.scale(torch.cat([x, self.gated(x)[1]], -1)), self.shift(x)], -1)
+
+# %% ../../nbs/flow/41_subnets.ipynb #6574f903
+@SUBNETS.register('lora_context')
 @SUBNETS.register('scale_context')
-class ScaleContextSubnet(nn.Module):
-    "A scale network that sees the neighbourhood and a shift network that does not (the origin's MoLEContextSubnet)."
+class ScaleContextSubnet(ContextSubnet):
+    "A scale network that sees the gated neighbourhood, a shift network that does not (the origin's MoLEContextSubnet)."
     def __init__(self,
         dim_in: int,                      # channels of the half that passes
         dim_out: int,                     # channels of the half that is transformed
@@ -65,25 +131,128 @@ class ScaleContextSubnet(nn.Module):
         kernel: int = 5,                  # neighbourhood in patches, odd; 5 was best on MVTec AD, 7 on VisA
         alpha_max: float = .2,            # bound of the gate of the context
         alpha_init: float = .1,           # the gate at the start
-        border: Literal['reflect', 'zero'] = 'reflect', # beyond the grid: mirrored, or zeros as in the origin
+        border: Border = 'reflect',       # beyond the grid: mirrored, or zeros as in the origin
+        first_task: bool = True,          # whether the first task has an update too
+        bias_per_task: bool = True,       # whether each task has biases of its own
+        gate: Literal['global', 'patch'] = 'global', # one gate for all (1.5), or one per patch (2.0)
+        gate_hidden: int = 64,            # hidden channels of the network behind a gate per patch
+        generator: torch.Generator | None = None, # for the shared weights
+    ):
+        if kernel < 1: raise PartError(f"subnet 'scale_context': kernel={kernel} must be 1 or more; without: 'lora'.")
+        layer = partial(LoRALinear, rank=rank, alpha=alpha, scaling=scaling, first_task=first_task,
+                        bias_per_task=bias_per_task, generator=generator)
+        super().__init__(layer, dim_in, dim_out, hidden, kernel, border, alpha_max, alpha_init, gate, gate_hidden,
+                         generator)
+
+# %% ../../nbs/flow/41_subnets.ipynb #53a24fc9
+@torch.no_grad()
+def gate_statistics(
+    root: Callable,         # a flow, or any module that runs on x
+    x: torch.Tensor,        # (B, H, W, D)
+    closed: float = .05,    # a gate below this share of its bound counts as closed
+) -> list[dict]:            # one row per subnet with a gate, in the order of use: subnet, mean, std, min, max, closed
+    "What the gates of all context subnets below `root` do with a batch."
+    names = {m: k for k, m in root.named_modules() if isinstance(m, ContextSubnet) and m.context is not None}
+    rows = []
+    def note(m, args):
+        alpha = m.gated(args[0])[0].float()
+        rows.append({'subnet': names[m], 'mean': alpha.mean().item(), 'std': alpha.std(correction=0).item(),
+                     'min': alpha.min().item(), 'max': alpha.max().item(),
+                     'closed': (alpha < closed * m.alpha_max).float().mean().item()})
+    hooks = [m.register_forward_pre_hook(note) for m in names]
+    try: root(x)
+    finally:
+        for h in hooks: h.remove()
+    return rows
+
+# %% ../../nbs/flow/41_subnets.ipynb #b6baab39
+@SUBNETS.register('linear')
+class LinearSubnet(ContextSubnet):
+    "No LoRA: each task owns its linear layers whole (seed 004, V6-NoLoRA, where the flag was dead)."
+    def __init__(self,
+        dim_in: int,                      # channels of the half that passes
+        dim_out: int,                     # channels of the half that is transformed
+        hidden: int | None = None,        # hidden channels; None: 2·dim_in
+        kernel: int = 5,                  # neighbourhood that the scale network sees, as in scale_context; 0: none
+        border: Border = 'reflect',       # beyond the grid
+    ): super().__init__(OwnLinear, dim_in, dim_out, hidden, kernel, border)
+
+@SUBNETS.register('spectral')
+class SpectralSubnet(ContextSubnet):
+    "Shared weights with a fixed spectral norm, LoRA per task (seed 004, V6-SpectralNorm, where the flag was dead)."
+    def __init__(self,
+        dim_in: int,                      # channels of the half that passes
+        dim_out: int,                     # channels of the half that is transformed
+        norm: float = 1.,                 # spectral norm of each shared weight
+        rank: int = 64,                   # rank of each task's update; 0: none
+        alpha: float = 1.,                # numerator of its scale
+        hidden: int | None = None,        # hidden channels; None: 2·dim_in
+        kernel: int = 5,                  # neighbourhood that the scale network sees, as in scale_context; 0: none
+        border: Border = 'reflect',       # beyond the grid
+        first_task: bool = True,          # whether the first task has an update too
+        generator: torch.Generator | None = None, # for the shared weights
+    ):
+        layer = partial(SpectralLoRALinear, norm=norm, rank=rank, alpha=alpha, first_task=first_task,
+                        generator=generator)
+        super().__init__(layer, dim_in, dim_out, hidden, kernel, border)
+
+@SUBNETS.register('spatial_lora')
+class SpatialLoRASubnet(ContextSubnet):
+    "LoRA that is interpolated between the cells of a grid over the image (SC-LoRA, seed 004, v4)."
+    def __init__(self,
+        dim_in: int,                      # channels of the half that passes
+        dim_out: int,                     # channels of the half that is transformed
+        cells: int = 4,                   # cells of the grid along either side
+        rank: int = 4,                    # of each cell's update; 16 cells of rank 4 cost what rank 64 costs
+        alpha: float = 1.,                # numerator of its scale
+        hidden: int | None = None,        # hidden channels; None: 2·dim_in
+        kernel: int = 5,                  # neighbourhood that the scale network sees, as in scale_context; 0: none
+        border: Border = 'reflect',       # beyond the grid
+        first_task: bool = True,          # whether the first task has an update too
+        generator: torch.Generator | None = None, # for the shared weights
+    ):
+        layer = partial(SpatialLoRALinear, cells=cells, rank=rank, alpha=alpha, first_task=first_task,
+                        generator=generator)
+        super().__init__(layer, dim_in, dim_out, hidden, kernel, border)
+
+# %% ../../nbs/flow/41_subnets.ipynb #ef88b436
+def neighbour_mean(
+    x: torch.Tensor,            # (B, H, W, D)
+    kernel: int = 3,            # k, odd
+    border: Border = 'reflect', # beyond the grid
+    itself: bool = False,       # whether the patch counts among its neighbours
+) -> torch.Tensor:              # (B, H, W, D)
+    "Mean over the k × k patches around each patch."
+    if kernel < 3 or kernel % 2 == 0: raise PartError(f'kernel={kernel} must be odd and at least 3 to have neighbours.')
+    weight = x.new_full((x.shape[-1], 1, kernel, kernel), 1 / (kernel**2 - (not itself)))
+    if not itself: weight[..., kernel // 2, kernel // 2] = 0
+    return depthwise(x, weight, x.new_zeros(x.shape[-1]), border)
+
+@SUBNETS.register('neighbour')
+class NeighbourSubnet(nn.Module):
+    "Scale and shift both see the mean of the neighbours: the density of a patch given those around it."
+    def __init__(self,
+        dim_in: int,                      # channels of the half that passes
+        dim_out: int,                     # channels of the half that is transformed
+        rank: int = 64,                   # rank of each task's update; 0: none
+        alpha: float = 1.,                # numerator of its scale
+        hidden: int | None = None,        # hidden channels; None: 2·dim_in
+        kernel: int = 3,                  # neighbourhood in patches, odd
+        border: Border = 'reflect',       # beyond the grid: mirrored or zeros
         first_task: bool = True,          # whether the first task has an update too
         bias_per_task: bool = True,       # whether each task has biases of its own
         generator: torch.Generator | None = None, # for the shared weights
     ):
         super().__init__()
-        if not 0 < alpha_init < alpha_max:
-            raise PartError(f"subnet 'scale_context': alpha_init={alpha_init} must lie in (0, alpha_max={alpha_max}).")
-        lora = dict(rank=rank, alpha=alpha, scaling=scaling, first_task=first_task, bias_per_task=bias_per_task,
-                    generator=generator)
-        hidden, u = hidden or 2 * dim_in, alpha_init / alpha_max
-        self.context, self.alpha_max = DepthwiseKernel(dim_in, kernel, border, init='zero'), alpha_max
-        self.gate = nn.Parameter(torch.tensor(math.log(u / (1 - u))))
-        self.scale, self.shift = LoRAMLP(2 * dim_in, hidden, dim_out, **lora), LoRAMLP(dim_in, hidden, dim_out, **lora)
+        layer = partial(LoRALinear, rank=rank, alpha=alpha, first_task=first_task, bias_per_task=bias_per_task,
+                        generator=generator)
+        self.kernel, self.border = kernel, border
+        neighbour_mean(torch.zeros(1, kernel, kernel, 1), kernel, border)           # refuses a wrong kernel now
+        self.net = MLP(layer, 2 * dim_in, hidden or 2 * dim_in, 2 * dim_out)
 
     def forward(self,
         x: torch.Tensor,    # (B, H, W, dim_in)
     ) -> torch.Tensor:      # (B, H, W, 2·dim_out): raw scale, raw shift
         device = x.device.type
-        if torch.is_autocast_enabled(device): x = x.to(torch.get_autocast_dtype(device))   # once, not three times
-        c = self.context(x, gain=self.alpha_max * self.gate.sigmoid())
-        return torch.cat([self.scale(torch.cat([x, c], -1)), self.shift(x)], -1)
+        if torch.is_autocast_enabled(device): x = x.to(torch.get_autocast_dtype(device))
+        return self.net(torch.cat([x, neighbour_mean(x, self.kernel, self.border)], -1))

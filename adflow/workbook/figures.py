@@ -233,13 +233,13 @@ def hits_and_misses(
     features,                     # FeatureSet: the test images of a class
     maps,                         # (N, H, W) their score maps
     scores,                       # (N,) their image scores
-    sigma: float = 4.,            # smoothing, as in the pixel metrics
+    smoothing=4.,                 # as in the pixel metrics
     n: int = 1,                   # found, missed and suspicious images, each
 ):                                # an `IPython.display.Image`
     "The clearest hits and misses and the most suspicious normals; colours from the median score to the highest."
     index = features.index
     chosen = pick(scores, index['label'], n)
-    smooth = np.asarray(pixel_maps(np.asarray(maps, 'float32'), features.preprocess.size, sigma))
+    smooth = np.asarray(pixel_maps(np.asarray(maps, 'float32'), features.preprocess.size, smoothing))
     rows = list(chosen)
     captions = [f"{index['class'].iloc[i]}, {index['kind'].iloc[i]}: {what}" for i, what in chosen.items()]
     return panels(features.images(rows), features.masks(rows), smooth[rows], captions,

@@ -226,7 +226,7 @@ def find_params(
                                                *[h/file for h in homes]]
     for t in [t.with_name(t.name + s) for t in tries for s in ('', '.yaml')]:
         if t.is_file(): return t.resolve()
-    known = sorted({f'params/{p.relative_to(h)}' for h in homes for p in h.glob('*/*.yaml')})
+    known = sorted({f'params/{p.relative_to(h)}' for h in homes for p in h.glob('*/**/*.yaml')})
     raise ParamsError(f"There is no parameter file '{file}', neither here nor in "
                       f"{', '.join(map(str, homes)) or 'the package'}.{nearest(file, known)}")
 

@@ -296,7 +296,7 @@ class Learner:
 
     def setup(self, tasks) -> dict:
         "What a checkpoint must agree with to be continued."
-        router = {k: v for k, v in vars(self.router).items() if isinstance(v, (str, int, float, bool, type(None)))}
+        router = getattr(self.router, 'settings', None)
         return json.loads(json.dumps({
             'features': getattr(self.features, 'fingerprint', None), 'tasks': [t.classes for t in tasks],
             'detector': getattr(self.detector, 'settings', None), 'router': [type(self.router).__name__, router],

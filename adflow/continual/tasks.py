@@ -103,7 +103,7 @@ def order_classes(
     classes,                   # the dataset's classes, in its order
     order='default',           # a named order, {name: …, argument: …}, or a list naming every class once
     seed: int = 0,             # for 'random' and for the samples that 'measured' draws
-    features=None,             # FeatureSet, for the orders that look at normal images
+    features=None,             # FeatureSet, or a function that makes it, for the orders that look at normal images
 ) -> list[str]:
     "The classes in the order in which they arrive."
     return ORDERS.build(order, classes=list(classes), seed=seed, features=features)
@@ -153,16 +153,18 @@ def measured(classes, features, seed,
     first: Literal['easy', 'hard'] = 'easy',  # which end comes first
 ):
     "By difficulty, measured on normal images alone; easy to hard is a curriculum (seed 004, never tried there)."
-    _see('measured', classes, features)
-    hard = difficulty(features, classes, by, seed)
+    hard = difficulty(_seen('measured', classes, features), classes, by, seed)
     return sorted(classes, key=lambda c: (hard[c] if first == 'easy' else -hard[c], c))
 
-def _see(name, classes, features):
+def _seen(name, classes, features):
+    "The features, made now if a function was given, or an error that says what is missing."
+    features = features() if callable(features) else features
     if features is None:
         raise PartError(f"order '{name}' looks at normal images: extract the features first, then "
                         'make_tasks(…, features=features).')
     if missing := [c for c in classes if c not in set(features.index['class'])]:
         raise PartError(f"order '{name}': there are no features of {', '.join(missing)}.")
+    return features
 
 # %% ../../nbs/continual/65_tasks.ipynb #ebdd955f
 def prototype_distances(
@@ -176,8 +178,7 @@ def prototype_distances(
     return pd.DataFrame(torch.cdist(mean, mean).numpy(), classes, classes)
 
 def _walk(classes, features, name, sign):
-    _see(name, classes, features)
-    d, left = sign * prototype_distances(features, classes), sorted(classes)
+    d, left = sign * prototype_distances(_seen(name, classes, features), classes), sorted(classes)
     order = [left.pop(min(range(len(left)), key=lambda i: d[left[i]].mean()))]
     best = min if sign > 0 else max
     while left: order.append(left.pop(min(range(len(left)), key=lambda i: best(d[left[i]][order]))))
@@ -199,7 +200,7 @@ def make_tasks(
     scenario: str = '1-1',     # 'base-inc', such as '1-1', '3-3', '14-1'; 'joint': all classes in one task
     order='default',           # as for `order_classes`
     seed: int = 0,             # for a random order
-    features=None,             # FeatureSet, for the orders that look at normal images
+    features=None,             # as for `order_classes`
 ) -> list[Task]:
     "Cuts the stream of classes into tasks; a last task may be smaller than `inc`."
     classes = order_classes(classes, order, seed, features)

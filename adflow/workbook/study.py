@@ -70,7 +70,8 @@ class Study:
         return make_defects(self.features, **dict(seed=self.p.seed, progress=self.progress) | args)
 
     @cached_property
-    def tasks(self): return make_tasks(self.images.classes, self.p.scenario, self.p.order, self.p.seed)
+    def tasks(self):
+        return make_tasks(self.images.classes, self.p.scenario, self.p.order, self.p.seed, lambda: self.features)
 
     @cached_property
     def detector(self):

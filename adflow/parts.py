@@ -4,13 +4,15 @@
 
 # %% ../nbs/00_parts.ipynb #71905775
 from __future__ import annotations
-import difflib, inspect
+import difflib, inspect, json
 from contextlib import contextmanager
+from pathlib import Path
 from typing import get_type_hints
 
 import torch
 from fastcore.docments import docments
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 # %% auto #0
@@ -259,6 +261,19 @@ class Detector(nn.Module):
         "The group that scores images of a class which was learned in a task."
         raise TypeError(f'{type(self).__name__} must define group_of')
 
-    def save(self, folder): raise TypeError(f'{type(self).__name__} must define save')
+    def save(self, folder):
+        "Writes `detector.json` (its name, `settings` and `groups`) and `detector.safetensors`."
+        folder, name = Path(folder), next((n for n in DETECTORS if DETECTORS[n] is type(self)), type(self).__name__)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().contiguous() for k, v in self.state_dict().items()}, folder/'detector.safetensors')
+        meta = {'detector': name, 'settings': self.settings, 'groups': list(self.groups)}
+        (folder/'detector.json').write_text(json.dumps(meta, indent=1))
+
     @classmethod
-    def load(cls, folder, device='cpu'): raise TypeError(f'{cls.__name__} must define load')
+    def load(cls, folder, device='cpu'):
+        "Rebuilds what `save` wrote: the settings are the constructor's, every group gets its slot."
+        meta = json.loads((Path(folder)/'detector.json').read_text())
+        detector = cls(**meta['settings'])
+        detector.groups = {g: add_task(detector, detector.seed) for g in meta['groups']}
+        load_weights(detector, load_file(Path(folder)/'detector.safetensors'))
+        return detector.to(device)

@@ -13,7 +13,7 @@ from adflow.continual.routing import ROUTERS
 from adflow.continual.tasks import make_tasks
 from adflow.evaluate.stages import StageEvaluator
 from adflow.features.store import from_arrays
-from adflow.memory.coreset import Cover, greedy_coreset, squared_distance
+from adflow.features.coreset import Cover, greedy_coreset, squared_distance
 from adflow.memory.patchcore import lonely_weights, member_counts, nearest_members
 from adflow.parts import DETECTORS, PartError
 

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from . import protection, routers  # noqa: F401  register their strategies and routers
 from .strategies import STRATEGIES, Strategy
 from .tasks import Task
 from ..features.augment import draw

@@ -7,14 +7,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..features.coreset import greedy_coreset
 from .losses import LOSSES, patch_nll
 from .scores import SCORES, Measured, Score, held_or_training, maps_of
 from ..parts import PartError
 
 # %% auto #0
-__all__ = ['Smoothed', 'farthest', 'LatentBank', 'LikelihoodAndBank', 'ScoreNorm']
+__all__ = ['Smoothed', 'LatentBank', 'LikelihoodAndBank', 'ScoreNorm']
 
 # %% ../../nbs/flow/47_latent_scores.ipynb #468d98b9
 @LOSSES.register('smoothed')
@@ -34,20 +35,6 @@ class Smoothed(nn.Module):
         return patch_nll(*flow.density(h + self.sigma * noise)).mean()
 
 # %% ../../nbs/flow/47_latent_scores.ipynb #411c6f11
-def farthest(
-    x: Tensor,              # (n, D)
-    size: int,              # how many
-) -> Tensor:                # their positions; all, if there are no more
-    "Greedy cover: starts at the row nearest to the mean, adds the row farthest from all chosen."
-    if size >= len(x): return torch.arange(len(x))
-    norm, chosen = x.square().sum(1), [int((x - x.mean(0)).square().sum(1).argmin())]
-    least = torch.full_like(norm, float('inf'))
-    for _ in range(size - 1):
-        c = x[chosen[-1]]
-        least = torch.minimum(least, norm - 2 * x @ c + c @ c)
-        chosen.append(int(least.argmax()))
-    return torch.tensor(chosen)
-
 @SCORES.register('latent_bank')
 class LatentBank(Score):
     "Mean distance to the nearest of a few normal patches of the class, at the aligned features or in the latent."
@@ -76,7 +63,9 @@ class LatentBank(Score):
         rows = torch.cat([self._some(self.where(flow, features.batch([i])).flatten(0, 2), each, g) for i in range(n)])
         mean, std = rows.mean(0), rows.std(0).clamp_min(1e-6)
         rows = (self._some(rows, self.sample, g) - mean) / std
-        bank = rows[farthest(rows, self.patches)] if self.select == 'greedy' else self._some(rows, self.patches, g)
+        middle, size = int((rows - rows.mean(0)).square().sum(1).argmin()), min(self.patches, len(rows))
+        bank = (rows[greedy_coreset(rows, size, middle)] if self.select == 'greedy'
+                else self._some(rows, self.patches, g))
         self.own.set(bank=bank, mean=mean, std=std)
     @staticmethod
     def _some(x, n, g): return x if n >= len(x) else x[torch.randperm(len(x), generator=g)[:n].to(x.device)]

@@ -4,13 +4,10 @@
 
 # %% ../../nbs/flow/49_moleflow.ipynb #6ad34a63
 from __future__ import annotations
-import json
-from pathlib import Path
 from typing import Literal
 
 import torch
 from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..adapters import attention_context  # noqa: F401  registers its parts
@@ -23,11 +20,11 @@ from .coupling import INVERTIBLE
 from . import margin, score_matching  # noqa: F401  register their losses
 from .losses import build_losses
 from ..features.augment import AUGMENT
-from ..parts import (DETECTORS, Detector, PartError, TaskModule, add_task, check_conflicts, load_weights, nearest,
+from ..parts import (DETECTORS, Detector, PartError, TaskModule, add_task, check_conflicts, nearest,
                           observing, slot_of, use_task)
 
 # %% auto #0
-__all__ = ['MAIN_LOSS', 'PatchFlow', 'SeparateFlow', 'MoLEFlow', 'save_detector', 'load_detector', 'parameter_counts']
+__all__ = ['MAIN_LOSS', 'PatchFlow', 'SeparateFlow', 'MoLEFlow', 'parameter_counts']
 
 # %% ../../nbs/flow/49_moleflow.ipynb #5a5cbacb
 class PatchFlow(nn.Module):
@@ -142,9 +139,6 @@ class MoLEFlow(Detector):
         return self.in_use()[0]
     def in_use(self) -> list: return [f.own if isinstance(f, SeparateFlow) else f for f in self.flows]
     def forward(self, x: Tensor): return self.flow(x[..., self.scorer.views[0]['channels']])
-    def save(self, folder): save_detector(self, folder)
-    @classmethod
-    def load(cls, folder, device='cpu'): return load_detector(cls, folder, device)
 
 # %% ../../nbs/flow/49_moleflow.ipynb #69a121a2
 @patch
@@ -225,22 +219,6 @@ def start(self: MoLEFlow,
 
 
 # %% ../../nbs/flow/49_moleflow.ipynb #f29d8dd4
-def save_detector(detector: MoLEFlow, folder):
-    "Writes `detector.json` and `detector.safetensors`."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().contiguous() for k, v in detector.state_dict().items()}, folder/'detector.safetensors')
-    meta = {'detector': 'moleflow', 'settings': detector.settings, 'groups': list(detector.groups)}
-    (folder/'detector.json').write_text(json.dumps(meta, indent=1))
-
-def load_detector(cls, folder, device='cpu') -> MoLEFlow:
-    "Rebuilds what `save_detector` wrote."
-    meta = json.loads((Path(folder)/'detector.json').read_text())
-    detector = cls(**meta['settings'])
-    detector.groups = {g: add_task(detector, detector.seed) for g in meta['groups']}
-    load_weights(detector, load_file(Path(folder)/'detector.safetensors'))
-    return detector.to(device)
-
 def parameter_counts(
     detector: MoLEFlow,
 ) -> dict:                               # 'shared' and each group → number of parameters

@@ -10,15 +10,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .coreset import greedy_coreset
-from ..parts import DETECTORS, Detector, PartError, TaskModule, add_task, load_weights, nearest
+from ..features.coreset import greedy_coreset
+from ..parts import DETECTORS, Detector, PartError, TaskModule, add_task, nearest
 
 # %% auto #0
-__all__ = ['nearest_members', 'lonely_weights', 'Bank', 'Banks', 'MemoryDetector', 'save_memory', 'load_memory', 'member_counts',
-           'PatchCore', 'OneForAll', 'PatchCoreJoint', 'SharedCoreset']
+__all__ = ['nearest_members', 'lonely_weights', 'Bank', 'Banks', 'MemoryDetector', 'member_counts', 'PatchCore', 'OneForAll',
+           'PatchCoreJoint', 'SharedCoreset']
 
 # %% ../../nbs/memory/61_patchcore.ipynb #718a8cd9
 def nearest_members(
@@ -136,28 +135,8 @@ class MemoryDetector(Detector):
         if self.neighbours: d = d * lonely_weights(x, members, at, self.neighbours)
         return d.view(features.shape[:-1])
 
-    def save(self, folder): save_memory(self, folder)
-    @classmethod
-    def load(cls, folder, device='cpu'): return load_memory(cls, folder, device)
 
 # %% ../../nbs/memory/61_patchcore.ipynb #dcb21d64
-def save_memory(detector: MemoryDetector, folder):
-    "Writes `detector.json` and `detector.safetensors`."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in detector.state_dict().items()}, folder/'detector.safetensors')
-    name = next(n for n in DETECTORS if DETECTORS[n] is type(detector))
-    meta = {'detector': name, 'settings': detector.settings, 'groups': list(detector.groups)}
-    (folder/'detector.json').write_text(json.dumps(meta, indent=1))
-
-def load_memory(cls, folder, device='cpu') -> MemoryDetector:
-    "Rebuilds what `save_memory` wrote."
-    meta = json.loads((Path(folder)/'detector.json').read_text())
-    detector = cls(**meta['settings'])
-    detector.groups = {g: add_task(detector, detector.seed) for g in meta['groups']}
-    load_weights(detector, load_file(Path(folder)/'detector.safetensors'))
-    return detector.to(device)
-
 def member_counts(detector: MemoryDetector) -> dict[str, int]:
     "How many members each group has in memory."
     return {g: len(detector.banks.tasks[s].members) for g, s in detector.groups.items()}

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pandas as pd
 import torch
 
-from ..continual import protection, routers  # noqa: F401  register their strategies and routers
 from ..continual.learner import Learner, Trainer
 from ..continual.routing import ROUTERS
 from ..continual.tasks import make_tasks

@@ -4,8 +4,7 @@
 
 # %% ../../nbs/memory/61_patchcore.ipynb #c34c7d47
 from __future__ import annotations
-import json, math
-from pathlib import Path
+import math
 from typing import Literal
 
 import numpy as np

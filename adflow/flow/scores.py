@@ -65,7 +65,7 @@ def best_by_ap(
     return max(candidates, key=lambda c: average_precision_score(y, apply(c).flatten().double().cpu().numpy()))
 
 # %% ../../nbs/flow/46_scores.ipynb #4d358e2a
-SCORES = Registry('score', 'how anomalous a patch is: score(flow, x (B,H,W,D)) → (B,H,W)', context=('grid',))
+SCORES = Registry('score', 'how anomalous a patch is: score(flow, x (B,H,W,D)) → (B,H,W)', context=('dim', 'grid'))
 
 class Score(TaskModule):
     "Base of all scores: nothing to fit."
@@ -144,7 +144,7 @@ class BlockEnsemble(Score):
         return s.mean(0) if self.reduce == 'mean' else s.amax(0)
 
 # %% ../../nbs/flow/46_scores.ipynb #3cf0e322
-REFINE = Registry('refine', 'score maps look at their own neighbourhood: (B,H,W) → (B,H,W)', context=('grid',))
+REFINE = Registry('refine', 'score maps look at their own neighbourhood: (B,H,W) → (B,H,W)', context=('dim', 'grid'))
 
 @REFINE.register('none')
 class Refine(TaskModule):

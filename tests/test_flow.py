@@ -46,7 +46,7 @@ ARGUMENTS = {'coupling': [{}, {'global_affine': True}],        # what shall be t
 def house_of(kind):
     "Which of the houses the parts of a kind live in; None: they are no parts of the flow."
     context = REGISTRIES[kind].context
-    return ('features' if context - {'generator'} == {'dim', 'grid'} else
+    return ('features' if kind in ('align', 'position', 'context') else
             'subnet' if {'dim_in', 'dim_out'} <= context else 'invertible' if 'dims_in' in context else None)
 
 PARTS = [pytest.param(kind, {'name': name, **args}, id=f'{kind}-{name}' + ''.join(f'-{k}={v}' for k, v in args.items()))

@@ -174,7 +174,7 @@ def test_identity_keeps_the_first_alignment_only():
         for slot in range(2):
             for key, m in (('pulled', d), ('free', free)):
                 use_task(m, slot)
-                gamma, beta = (m.flow.own if separate else m.flow).align.affine()
+                gamma, beta = m.flow.align.affine()
                 moved[key, slot] = ((gamma - 1).square().mean() + beta.square().mean()).item()
         assert moved['pulled', 0] < .2 * moved['free', 0] and moved['pulled', 1] > .5 * moved['free', 1], moved
 

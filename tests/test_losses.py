@@ -17,6 +17,7 @@ from adflow.flow.losses import LOSSES, build_losses, patch_nll
 from adflow.flow.moleflow import MoLEFlow
 from adflow.parts import PartError, add_task, train_only, use_task
 
+COLD = {'name': 'epoch_cosine', 'warmup': 0}
 DIM, GRID, CLASSES = 8, (6, 5), ['plate', 'screw']
 ARGUMENTS = {'nll': [{}, {'reduce': 'sum'}], 'identity': [{}, {'on': 'all'}],
              'adaptive_tail': [{}, {'per_class': {'plate': .3}}],
@@ -49,7 +50,7 @@ def detector(loss, **kw):
 
 def learned(loss, epochs=2, normals=NORMALS, defects=DEFECTS, **kw):
     "Both tasks; the last stage."
-    trainer = Trainer(epochs=epochs, batch_size=4, lr=1e-2, warmup=0, progress=False)
+    trainer = Trainer(epochs=epochs, batch_size=4, lr=1e-2, schedule=COLD, progress=False)
     learner = Learner(detector(loss, **kw), ROUTERS.build('mahalanobis'), trainer, normals, defects=defects)
     return list(learner.stages(make_tasks(CLASSES, '1-1')))[-1]
 
@@ -61,7 +62,7 @@ def test_every_loss_learns_two_tasks(name, args):
     assert history[name].notna().all() and np.isfinite(history[name]).all()
     pd.testing.assert_frame_equal(history, pd.DataFrame(stages[1].history))
     assert stages[0].digests == stages[1].digests
-    trainer = Trainer(epochs=2, batch_size=4, lr=1e-2, warmup=0, progress=False)
+    trainer = Trainer(epochs=2, batch_size=4, lr=1e-2, schedule=COLD, progress=False)
     alone = list(Learner(detector(spec_of(name, args)), ROUTERS.build('mahalanobis'), trainer, NORMALS, defects=DEFECTS)
                  .stages(make_tasks(CLASSES, '1-1')[:1]))[-1]
     for owner in ('shared', '0'): assert alone.digests[owner] == stages[0].digests[owner], owner
@@ -146,7 +147,7 @@ def test_dsm_learns_a_blurred_density_where_nll_learns_a_sharp_one():
     for name, loss in {'nll': {'nll': {}}, 'dsm': blur}.items():
         d = MoLEFlow(DIM, GRID, position='none', align='none', context='none', subnet={'name': 'lora', 'rank': 0},
                      couplings=1, dia_blocks=0, global_affine=True, loss=loss)
-        trainer = Trainer(epochs=25, batch_size=16, lr=.15, warmup=0, clip=0, progress=False)
+        trainer = Trainer(epochs=25, batch_size=16, lr=.15, schedule=COLD, clip=0, progress=False)
         list(Learner(d, ROUTERS.build('mahalanobis'), trainer, data).stages(make_tasks(['plate'], '1-1')))
         with torch.no_grad(): spread[name] = d(x)[0].square().mean().item()
     assert abs(spread['nll'] - 1.) < .1 and abs(spread['dsm'] - .5) < .1    # variance 1 ÷ (1 + σ²)
@@ -197,7 +198,7 @@ def test_a_margin_separates_what_a_likelihood_does_not():
     data, made = from_arrays(x, index), from_arrays(bad, index.assign(label=1), masks=masks(48))
     for name, loss in {'nll': {'nll': {}}, 'margin': {'nll': {}, 'margin': {'make': 'defects', 'weight': 2.}}}.items():
         d = MoLEFlow(DIM, GRID, align='none', subnet={'name': 'lora', 'rank': 2}, couplings=2, dia_blocks=1, loss=loss)
-        trainer = Trainer(epochs=12, batch_size=8, lr=.01, warmup=0, progress=False)
+        trainer = Trainer(epochs=12, batch_size=8, lr=.01, schedule=COLD, progress=False)
         list(Learner(d, ROUTERS.build('mahalanobis'), trainer, data, defects=made).stages(make_tasks(['plate'], '1-1')))
         score = d.score(bad, 'plate')
         found[name] = (score[m][:, None] > score[~m][None, ::7]).float().mean().item()

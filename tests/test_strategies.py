@@ -16,6 +16,7 @@ from adflow.flow.moleflow import MoLEFlow
 from adflow.parts import PartError, slot_of
 
 D, GRID, EPOCHS = 8, (4, 4), 4
+WARM = {'name': 'epoch_cosine', 'warmup': 1}
 SPECS = {name: name for name in STRATEGIES} | {
     'ogp gradients': {'name': 'ogp', 'basis': 'gradients', 'n_samples': 4},
     'ogp all': {'name': 'ogp', 'threshold': 1., 'rank': None},
@@ -36,7 +37,7 @@ FEATURES = stream()
 
 def learner(strategy, folder=None, epochs=EPOCHS, optimizer='adamp', **flow):
     args = dict(couplings=2, dia_blocks=1, subnet={'name': 'scale_context', 'rank': 2, 'kernel': 3}) | flow
-    trainer = Trainer(epochs=epochs, batch_size=4, lr=.01, warmup=1, strategy=strategy, progress=False,
+    trainer = Trainer(epochs=epochs, batch_size=4, lr=.01, schedule=WARM, strategy=strategy, progress=False,
                       optimizer=optimizer, checkpoint_seconds=-1)
     return Learner(MoLEFlow(dim=D, grid=GRID, **args), ROUTERS.build('mahalanobis'), trainer, FEATURES, folder)
 

@@ -139,7 +139,7 @@ def learned(**settings):
     "A detector that has learned all classes, and the scores of the first class after each of them."
     spec = {'name': 'scale_context', 'rank': 2, 'kernel': 3}
     detector = MoLEFlow(**dict(dim=8, grid=GRID, couplings=2, dia_blocks=0, subnet=spec) | settings)
-    trainer = Trainer(epochs=3, batch_size=4, lr=.01, warmup=1, progress=False)
+    trainer = Trainer(epochs=3, batch_size=4, lr=.01, schedule={'name': 'epoch_cosine', 'warmup': 1}, progress=False)
     stages = Learner(detector, ROUTERS.build('mahalanobis'), trainer, FEATURES).stages(make_tasks(CLASSES, '1-1'))
     x = FEATURES.where(**{'class': 'a'}).batch(slice(None))
     return detector, x, [detector.score(x, 'a').clone() for _ in stages]

@@ -10,40 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm.optim
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from . import protection, routers  # noqa: F401  register their strategies and routers
+from .optimizers import OPTIMIZERS, SCHEDULES
 from .strategies import STRATEGIES, Strategy
 from .tasks import Task
 from ..features.augment import draw
 from ..features.pseudo import patch_masks
-from ..parts import Detector, PartError, Registry, lr_scales, slot_of
+from ..parts import Detector, PartError, lr_scales, slot_of
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'learning_rate', 'Checkpoint', 'pack_optimizer', 'unpack_optimizer', 'batches', 'step_seed', 'by_group',
-           'Trainer', 'Stage', 'digests', 'on_device', 'Learner']
-
-# %% ../../nbs/continual/68_learner.ipynb #4bee6c62
-OPTIMIZERS = Registry('optimizer', "timm's and torch's optimizers", context=('params', 'lr'))
-for _name in ('sgd', 'adam', 'adamw', 'adamp', 'nadamw', 'radam', 'lion'):
-    OPTIMIZERS.register(_name)(timm.optim.get_optimizer_class(_name, bind_defaults=False))
-
-# %% ../../nbs/continual/68_learner.ipynb #713880f0
-def learning_rate(
-    epoch: int,            # from 0
-    epochs: int,           # epochs per task
-    lr: float,             # the peak
-    warmup: int = 0,       # linear warm-up epochs (the origin: 2 on later tasks, 0 on the first)
-    end: float = .01,      # the cosine's end, as a share of the peak
-) -> float:
-    "Cosine per epoch with linear warm-up (MoLE-Flow, `facts-moleflow.md` §1.10)."
-    warmup = min(warmup, epochs - 1)
-    if epoch < warmup: return lr * (epoch + 1) / warmup
-    return lr * (end + (1 - end) * .5 * (1 + math.cos(math.pi * (epoch - warmup) / epochs)))
+__all__ = ['Checkpoint', 'pack_optimizer', 'unpack_optimizer', 'batches', 'step_seed', 'by_group', 'Trainer', 'Stage', 'digests',
+           'on_device', 'Learner']
 
 # %% ../../nbs/continual/68_learner.ipynb #22217343
 class Checkpoint:
@@ -131,11 +113,12 @@ class Trainer:
         batch_size: int = 16,              # images
         lr: float = 3e-4,                  # peak learning rate
         optimizer: str | dict = 'adamp',   # a name or {name, arguments}; origin: adamp with weight decay 0.01
-        warmup: int = 2,                   # warm-up epochs on later tasks
+        schedule: str | dict = 'epoch_cosine', # the learning rate over a task
         clip: float = .5,                  # largest gradient norm; 0: no clipping
         strategy: str | dict | Strategy = 'freeze',  # what protects old tasks
         seed: int = 0,                     # batch orders follow from (seed, task, epoch)
         precision: str = 'float32',        # 'bfloat16': autocast, for GPUs
+        steps: int = 0,                    # per task, instead of epochs; 0: by epochs
         checkpoint_seconds: float = 30,    # between checkpoints inside a task
         progress: bool = True,             # a bar per task
     ):
@@ -143,12 +126,13 @@ class Trainer:
                          if k not in ('self', 'checkpoint_seconds', 'progress')}
         if epochs < 1 or batch_size < 1:
             raise PartError(f'epochs and batch_size must be at least 1, got {epochs} and {batch_size}.')
-        if not (0 < lr < math.inf and 0 <= clip < math.inf and warmup >= 0):
-            raise PartError(f'lr must be above 0, clip and warmup 0 or more, got {lr}, {clip} and {warmup}.')
+        if not (0 < lr < math.inf and 0 <= clip < math.inf and steps >= 0):
+            raise PartError(f'lr must be above 0, clip and steps 0 or more, got {lr}, {clip} and {steps}.')
         if precision not in ('float32', 'bfloat16'):
             raise PartError(f"precision must be 'float32' or 'bfloat16', got {precision!r}.")
-        self.epochs, self.batch_size, self.lr, self.warmup, self.clip = epochs, batch_size, lr, warmup, clip
+        self.epochs, self.steps, self.batch_size, self.lr, self.clip = epochs, steps, batch_size, lr, clip
         OPTIMIZERS.check(optimizer)
+        self.schedule = SCHEDULES.build(schedule)
         self.optimizer, self.seed, self.precision, self.progress = optimizer, seed, precision, progress
         self.strategy = strategy if isinstance(strategy, Strategy) else STRATEGIES.build(strategy)
         self.checkpoint_seconds, self.history, self.resume, self.save = checkpoint_seconds, [], None, None
@@ -201,45 +185,48 @@ def defect_batches(self: Trainer, detector, task):
 def fit(self: Trainer, detector, task: Task, features):
     "Trains what the strategy allows on the task's images; continues from `self.resume` if that lies in this task."
     rows, strategy = by_group(detector, features, task, self.task_of), self.strategy
-    strategy.rate = lambda e: learning_rate(e, self.epochs, 1., self.warmup if task.index else 0)
+    per_epoch = len(batches(rows, self.batch_size, self.seed, task.index, 0))
+    steps = self.steps or self.epochs * per_epoch
+    epochs = math.ceil(steps / per_epoch)
+    strategy.rate = lambda e: self.schedule(e * per_epoch, steps, per_epoch, task.index)
     slots = [detector.groups[g] for g in rows]
     state, self.resume = self.resume or {'epoch': 0, 'step': 0, 'logs': []}, None
     if 'folder' not in state: strategy.start(detector, task, features)
     opt, params, defects = None, {}, self.defect_batches(detector, task)
-    n_steps = len(batches(rows, self.batch_size, self.seed, task.index, 0))
-    bar = tqdm(total=self.epochs * n_steps, initial=state['epoch'] * n_steps + state['step'],
+    bar = tqdm(total=steps, initial=state['epoch'] * per_epoch + state['step'],
                disable=not self.progress, desc=f'learn {task.name}'[:40], unit='step', mininterval=.5)
     detector.train()
     saved = time.monotonic()
-    for epoch in range(state['epoch'], self.epochs):
-        factors = strategy.trainable(detector, task, slots, epoch, self.epochs)
+    for epoch in range(state['epoch'], epochs):
+        factors = strategy.trainable(detector, task, slots, epoch, epochs)
         if not factors:
             warnings.warn(f'task {task.name}: nothing learns here, by strategy and parts.', stacklevel=2)
             break
         if opt is None or factors.keys() != params.keys(): opt, params = self.optimizer_for(detector, factors)
         if 'folder' in state:
             unpack_optimizer(opt, params, load_file(state['folder']/'optimizer.safetensors'), state['optimizer'])
-        lr = learning_rate(epoch, self.epochs, self.lr, self.warmup if task.index else 0)
-        for g in opt.param_groups: g['lr'] = lr * g['factor']
-        plan = batches(rows, self.batch_size, self.seed, task.index, epoch)
+        plan = batches(rows, self.batch_size, self.seed, task.index, epoch)[:steps - epoch * per_epoch]
         for n in range(state['step'], len(plan)):
             (group, at), where = plan[n], f'task {task.name}, epoch {epoch}, step {n}'
+            step = epoch * per_epoch + n
+            rate = self.lr * self.schedule(step, steps, per_epoch, task.index)
+            for g in opt.param_groups: g['lr'] = rate * g['factor']
             g = torch.Generator().manual_seed(step_seed(self.seed, task.index, epoch, n))
             x = draw(features, at, getattr(detector, 'augment', None), g)
             images = features.index['image'].iloc[at] if 'image' in features.index else at
             state['logs'].append(self.step(
                 detector, opt, params, x, group, where, list(images), generator=g, defects=defects(group, len(at), g),
-                progress=(epoch * len(plan) + n) / (self.epochs * len(plan))))
+                step=step, progress=step / steps))
             bar.update(); bar.set_postfix(loss=f"{state['logs'][-1]['loss']:.1f}", refresh=False)
             if self.save and time.monotonic() - saved > self.checkpoint_seconds:
                 tensors, numbers = pack_optimizer(opt, params)
                 self.save({'epoch': epoch, 'step': n + 1, 'logs': state['logs'], 'optimizer': numbers}, tensors)
                 saved = time.monotonic()
         means = {k: float(np.mean([l[k] for l in state['logs'] if k in l])) for k in state['logs'][0]}
-        self.history.append({'task': task.name, 'epoch': epoch, 'lr': lr, **means})
+        self.history.append({'task': task.name, 'epoch': epoch, 'lr': self.lr * strategy.rate(epoch), **means})
         state = {'step': 0, 'logs': []}
     bar.close()
-    g = torch.Generator().manual_seed(step_seed(self.seed, task.index, self.epochs, 0))
+    g = torch.Generator().manual_seed(step_seed(self.seed, task.index, epochs, 0))
     strategy.finish(detector, task, features, g)
     detector.eval()
 

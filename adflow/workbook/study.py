@@ -31,7 +31,7 @@ __all__ = ['FLOW', 'NAMES', 'Study', 'run_saved']
 FLOW = [k for k in inspect.signature(MoLEFlow).parameters if k not in ('dim', 'grid', 'layers', 'separate')]
 NAMES = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_size', 'crop', 'interpolation', 'backbone',
          'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector', *FLOW, 'strategy', 'optimizer', 'lr',
-         'epochs', 'batch_size', 'warmup', 'clip', 'precision', 'router', 'aggregate', 'smoothing', 'device',
+         'epochs', 'steps', 'batch_size', 'schedule', 'clip', 'precision', 'router', 'aggregate', 'smoothing', 'device',
          'checkpoint_seconds']
 
 class Study:
@@ -83,8 +83,8 @@ class Study:
     @cached_property
     def learner(self):
         p = self.p
-        trainer = Trainer(p.epochs, p.batch_size, p.lr, p.optimizer, p.warmup, p.clip, p.strategy, p.seed, p.precision,
-                          p.checkpoint_seconds, self.progress)
+        trainer = Trainer(p.epochs, p.batch_size, p.lr, p.optimizer, p.schedule, p.clip, p.strategy, p.seed,
+                          p.precision, p.steps, p.checkpoint_seconds, self.progress)
         return Learner(self.detector, ROUTERS.build(p.router), trainer, self.features, self.checkpoint, self.device,
                        self.defects)
 

@@ -54,12 +54,32 @@ def need(
 # %% ../../nbs/flow/43_losses.ipynb #59637adf
 class Losses(Registry):
     "Losses add up: YAML holds a mapping of names, checked by building it; `build` makes one loss of it."
+    total = None                      # what adds the losses of a mapping up
     def check(self,
         spec,                         # {name: {argument: value}}; a number is the weight; None or False: left out
     ) -> dict:                        # the spec
-        "Raises `PartError` for everything that `build_losses` refuses."
-        build_losses(spec)
+        "Raises `PartError` for everything that `build_all` refuses."
+        if spec is not None: self.build_all(spec)
         return spec
+
+    def build_all(self,
+        spec: dict,                   # {name: {argument: value}}; one or two numbers: the weight; None, False: left out
+    ) -> nn.Module:                   # their weighted sum
+        "The losses that stand in the YAML, added up."
+        if not isinstance(spec, dict) or not spec or 'name' in spec:
+            raise PartError(f'{self.kind} is a mapping of names, such as {{{next(iter(self))}: {{}}}} with arguments '
+                            f'inside; got {spec!r}.{nearest("", self)}')
+        parts = {}
+        for name, args in spec.items():
+            if args is None or args is False: continue
+            args = {} if args is True else {'weight': args} if isinstance(args, (int, float, list, tuple)) else args
+            if not isinstance(args, dict):
+                raise PartError(f"{self.kind} '{name}': expected {{argument: value}} or a weight, got {args!r}.")
+            if 'name' in args:
+                raise PartError(f"{self.kind} '{name}' takes no 'name'.{nearest('name', self.arguments(name))}")
+            parts[name] = self.build({'name': name, **args})
+        if not parts: raise PartError(f'{self.kind}: nothing is left of {spec!r}.')
+        return self.total(parts)
 
     def build(self,
         spec,                         # 'name' or {'name': 'name', argument: value, …}
@@ -274,20 +294,10 @@ class WeightedLosses(nn.Module):
         own = {f'{k}_weight': weights[k] for k, p in self.parts.items() if hasattr(p, 'weight_for')}
         return sum(terms) if terms else 0. * nll.sum(), {k: v.detach() for k, v in values.items()} | own
 
+LOSSES.total = WeightedLosses
+
 def build_losses(
-    spec: dict | None,                # {name: {argument: value}}; one or two numbers: the weight; None, False: left out
+    spec: dict,                       # as for `Losses.build_all`
 ) -> WeightedLosses:
     "The losses that stand in the YAML."
-    if not isinstance(spec, dict) or not spec or 'name' in spec:
-        raise PartError('loss is a mapping of names, such as {nll: {}, tail: {weight: 0.7}}; '
-                        f'got {spec!r}.{nearest("", LOSSES)}')
-    parts = {}
-    for name, args in spec.items():
-        if args is None or args is False: continue
-        args = {} if args is True else {'weight': args} if isinstance(args, (int, float, list, tuple)) else args
-        if not isinstance(args, dict):
-            raise PartError(f"loss '{name}': expected {{argument: value}} or a weight, got {args!r}.")
-        if 'name' in args: raise PartError(f"loss '{name}' takes no 'name'.{nearest('name', LOSSES.arguments(name))}")
-        parts[name] = LOSSES.build({'name': name, **args})
-    if not parts: raise PartError(f'loss: nothing is left of {spec!r}.')
-    return WeightedLosses(parts)
+    return LOSSES.build_all(spec)

@@ -241,10 +241,12 @@ def lr_scales(
     return out
 
 # %% ../nbs/00_parts.ipynb #ea6b0ab7
-DETECTORS = Registry('detector', 'features in, score maps out', context=('dim', 'grid', 'seed'))
+DETECTORS = Registry('detector', 'features in, score maps out', context=('dim', 'grid', 'seed', 'layers', 'special'))
 
 class Detector(nn.Module):
     "The face of everything that turns features `(B, H, W, D)` into score maps `(B, H, W)`, higher is more anomalous."
+    specials = False                  # whether it wants CLS and registers too: features are (B, S + H·W, D) then
+
     def learn(self,
         task,                         # `adflow.continual.tasks.Task`: `index`, `name`, `classes`
         features,                     # `adflow.features.store.FeatureSet` of the task's normal images

@@ -15,6 +15,7 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from .routing import ROUTERS, Mahalanobis, Router
+from ..features.augment import draw
 from ..parts import PartError, nearest
 
 # %% auto #0
@@ -104,7 +105,8 @@ class TwoStage(Router):
 
     def statistics(self, features, rows, group, detector) -> Tensor:
         "(n,) float64: what some images look like to a group of adapters."
-        out = [detector.score(features.batch(rows[i:i + 16]), group).flatten(1).double().cpu()
+        special = getattr(detector, 'specials', False)
+        out = [detector.score(draw(features, rows[i:i + 16], special=special), group).flatten(1).double().cpu()
                for i in range(0, len(rows), 16)]
         out = torch.cat(out) if out else torch.zeros(0, 1).double()
         return out.median(1).values if self.statistic == 'median' else out.mean(1)

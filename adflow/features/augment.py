@@ -120,11 +120,15 @@ def draw(
     rows,                                   # positions
     augment: nn.Module | None = None,       # a part of `AUGMENT`
     generator: torch.Generator | None = None, # of this step; None: a test image
-) -> Tensor:                                # (b, H, W, D), with a gradient where the augmentation learns
+    special: bool = False,                  # CLS and registers too, as one sequence of tokens
+) -> Tensor:                                # (b, H, W, D) or (b, S + H·W, D), with a gradient where augmentation learns
     "The features of some images, augmented if need be."
-    if augment is None or not augment.live(generator is not None): return features.batch(rows)
+    if augment is None or not augment.live(generator is not None):
+        return features.tokens(rows) if special else features.batch(rows)
     if features.preprocess is None or features.backbone is None:
         raise StoreError('An augmentation needs images and their backbone; these features were made from arrays.')
     paths = features.index['image'].iloc[rows]
     images = torch.stack([features.preprocess.image(p) for p in paths]).to(features.backbone.device)
-    return features.backbone.features(augment(images, generator))[0].to(features.device)
+    patches, own = features.backbone.features(augment(images, generator))
+    if special: patches = patches.flatten(1, 2) if own is None else torch.cat([own, patches.flatten(1, 2)], 1)
+    return patches.to(features.device)

@@ -178,11 +178,11 @@ def _notebooks(root: Path, paths) -> list[Path]:
     chosen = [Path(p).resolve() for p in paths]
     return [p for p in found if any(c == p.resolve() or c in p.resolve().parents for c in chosen)]
 
-def _test_notebooks(root: Path, notebooks: list[Path], slow: bool, workers: int = 2) -> list[Path]:
+def _test_notebooks(root: Path, notebooks: list[Path], slow: bool, bench: bool, workers: int = 2) -> list[Path]:
     "Runs each notebook in its own process, two at a time; those that failed."
     from concurrent.futures import ThreadPoolExecutor
     import torch
-    wanted = dict(slow=slow, data=_has_data(), cuda=slow and torch.cuda.is_available())
+    wanted = dict(slow=slow, bench=bench, data=_has_data(), cuda=(slow or bench) and torch.cuda.is_available())
     flags = ' '.join(k for k, v in wanted.items() if v)
     env = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TQDM_DISABLE='1', IN_TEST='1',
                PYTHONPATH=os.pathsep.join(
@@ -223,14 +223,15 @@ def _test(args) -> int:
     unknown = [p for p in args.paths if not Path(p).exists()]
     if unknown: raise ParamsError(f"There is no {', '.join(unknown)} here.")
     notebooks = _notebooks(root, args.paths)
-    failed = _test_notebooks(root, notebooks, args.slow)
+    failed = _test_notebooks(root, notebooks, args.slow, args.bench)
     tests = [str(root/'tests')] if not args.paths else \
             [p for p in args.paths if Path(p).suffix == '.py' or list(Path(p).rglob('test_*.py'))]
     count = _Count()
     if tests:
         import pytest
         os.environ.update(OMP_NUM_THREADS='1', TQDM_DISABLE='1', **({'ADFLOW_SLOW': '1'} if args.slow else {}))
-        code = pytest.main(['-q', '--durations=5', '--rootdir', str(root), *tests], plugins=[count])
+        two = ['-n', '2', '--dist', 'worksteal'] if importlib.util.find_spec('xdist') else []
+        code = pytest.main(['-q', '--durations=5', '--rootdir', str(root), *two, *tests], plugins=[count])
         if code not in (0, 1, 5) and not count.failed: count.failed += 1
     if failed: print('failed notebooks: ' + ', '.join(str(p.relative_to(root)) for p in failed))
     bad = len(failed) + count.failed
@@ -278,6 +279,7 @@ def parser() -> argparse.ArgumentParser:
     c = command('test', _test, 'run all notebooks and tests')
     c.add_argument('paths', nargs='*', help='only these notebooks, tests or folders')
     c.add_argument('--slow', action='store_true', help='also what is flagged slow')
+    c.add_argument('--bench', action='store_true', help='also the measurements flagged bench, which take minutes each')
     return p
 
 def main(

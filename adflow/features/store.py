@@ -43,6 +43,10 @@ class FeatureSet:
     def grid(self): return tuple(self.parts[0]['features'].shape[1:3])
     @property
     def dim(self): return self.parts[0]['features'].shape[3]
+    @property
+    def special(self) -> int:
+        "How many special tokens (CLS, registers) come with every image."
+        return self.parts[0]['special'].shape[1] if 'special' in self.parts[0] else 0
     def __len__(self): return len(self.index)
     def __repr__(self):
         return f'FeatureSet({len(self)} images, {self.grid} patches of {self.dim}, {self.parts[0]["features"].dtype})'

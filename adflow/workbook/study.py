@@ -4,7 +4,7 @@
 
 # %% ../../nbs/workbook/94_study.ipynb #74dd2179
 from __future__ import annotations
-import inspect, json, os, resource, time, traceback
+import json, os, resource, time, traceback
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,21 +18,22 @@ from ..continual.tasks import make_tasks
 from ..data.datasets import open_dataset
 from ..evaluate.stages import StageEvaluator
 from ..features.ensemble import extract_mixed
+from ..dinomaly import model  # noqa: F401  registers its detector
 from ..features.pseudo import make_defects
-from ..flow.moleflow import MoLEFlow
+from ..flow import moleflow  # noqa: F401  registers its detector
 from ..memory import patchcore  # noqa: F401  registers its detectors
 from ..parts import DETECTORS, PartError
 from .params import load
 
 # %% auto #0
-__all__ = ['FLOW', 'NAMES', 'Study', 'run_saved']
+__all__ = ['REQUIRED', 'NAMES', 'Study', 'run_saved']
 
 # %% ../../nbs/workbook/94_study.ipynb #6e67112b
-FLOW = [k for k in inspect.signature(MoLEFlow).parameters if k not in ('dim', 'grid', 'layers', 'separate')]
-NAMES = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_size', 'crop', 'interpolation', 'backbone',
-         'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector', *FLOW, 'strategy', 'optimizer', 'lr',
-         'epochs', 'steps', 'batch_size', 'schedule', 'clip', 'precision', 'router', 'aggregate', 'smoothing', 'device',
-         'checkpoint_seconds']
+REQUIRED = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_size', 'crop', 'interpolation',
+            'backbone', 'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector', 'strategy', 'optimizer', 'lr',
+            'epochs', 'steps', 'batch_size', 'schedule', 'clip', 'precision', 'router', 'aggregate', 'smoothing',
+            'seed', 'device', 'checkpoint_seconds']
+NAMES = REQUIRED + sorted({k for name in DETECTORS for k in DETECTORS.arguments(name)})
 
 class Study:
     "Makes what an experiment needs of its parameters, once and when first asked for."
@@ -42,7 +43,7 @@ class Study:
         **parameters,               # the parameters of an experiment, by name; others are left aside
     ):
         self.checkpoint, self.progress = checkpoint, progress
-        if missing := [k for k in NAMES if k not in parameters and k != 'dia_hidden_ratio' and k != 'clamp']:
+        if missing := [k for k in REQUIRED if k not in parameters]:
             raise PartError(f"these parameters are missing: {', '.join(missing)}.")
         self.p = SimpleNamespace(**{k: parameters[k] for k in NAMES if k in parameters})
         device = self.p.device
@@ -74,11 +75,10 @@ class Study:
 
     @cached_property
     def detector(self):
-        p, (name, args) = self.p, DETECTORS.check(self.p.detector)
-        if name == 'moleflow':
-            args = {k: getattr(p, k) for k in FLOW if k != 'seed' and hasattr(p, k)} | args
-            args['layers'] = getattr(self.features.backbone, 'layers', None)
-        return DETECTORS.build({'name': name, **args}, dim=self.features.dim, grid=self.features.grid, seed=p.seed)
+        p, x, (name, args) = self.p, self.features, DETECTORS.check(self.p.detector)
+        args = {k: getattr(p, k) for k in DETECTORS.arguments(name) if hasattr(p, k)} | args
+        return DETECTORS.build({'name': name, **args}, dim=x.dim, grid=x.grid, seed=p.seed,
+                               layers=getattr(x.backbone, 'layers', None), special=x.special)
 
     @cached_property
     def learner(self):

@@ -30,9 +30,9 @@ __all__ = ['REQUIRED', 'NAMES', 'Study', 'run_saved']
 
 # %% ../../nbs/workbook/94_study.ipynb #6e67112b
 REQUIRED = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_size', 'crop', 'interpolation',
-            'backbone', 'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector', 'strategy', 'optimizer', 'lr',
-            'epochs', 'steps', 'batch_size', 'schedule', 'clip', 'precision', 'router', 'aggregate', 'smoothing',
-            'seed', 'device', 'checkpoint_seconds']
+            'backbone', 'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector',
+            'strategy', 'optimizer', 'lr', 'epochs', 'steps', 'batch_size', 'schedule', 'clip',
+            'precision', 'router', 'aggregate', 'smoothing', 'seed', 'device', 'checkpoint_seconds']
 NAMES = REQUIRED + sorted({k for name in DETECTORS for k in DETECTORS.arguments(name)})
 
 class Study:

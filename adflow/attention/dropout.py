@@ -15,7 +15,7 @@ from ..parts import PartError, Registry
 # %% auto #0
 __all__ = ['TOKEN_DROPOUTS', 'Scheduled', 'set_progress', 'slots_for', 'segments', 'NoTokenDropout', 'TokenDropout']
 
-# %% ../../nbs/attention/31_dropout.ipynb #b251c57b
+# %% ../../nbs/attention/31_dropout.ipynb #184cb5a9
 class Scheduled(nn.Module):
     "Something whose strength follows the progress of training (seed 003, A2)."
     def __init__(self,
@@ -24,6 +24,10 @@ class Scheduled(nn.Module):
         end: float = 1.,        # share of the training at which it has risen
     ):
         super().__init__()
+        self.schedule(ramp, start, end)
+
+    def schedule(self, ramp, start, end):
+        "Sets the ramp, for parts whose other variants have none."
         if not 0 <= start < end <= 1:
             raise PartError(f'ramp: start={start} and end={end} are shares of the training, 0 ≤ start < end ≤ 1.')
         if ramp == 'none' and (start, end) != (0., 1.):
@@ -47,16 +51,19 @@ def set_progress(
     for m in root.modules():
         if isinstance(m, Scheduled): m.set_progress(progress)
 
-# %% ../../nbs/attention/31_dropout.ipynb #d395c873
+# %% ../../nbs/attention/31_dropout.ipynb #eb808c68
 def slots_for(
     size: tuple[int, int],              # (h, w) of a map; lines have h = 1
     boxes: Tensor,                      # (n, 2) heights and widths to draw from, each as likely
     rate: float,                        # expected share of tokens
 ) -> tuple[list[int], list[int], float]: # size of a slot, slots along each axis, and the probability p of each
     "How a map is divided."
-    slot = [min(int(top) + 1, n) for top, n in zip(boxes.amax(0), size)]
-    slots = [n // s for n, s in zip(size, slot)]
-    return slot, slots, rate * math.prod(size) / (math.prod(slots) * boxes.prod(1).double().mean().item())
+    area, top = boxes.prod(1).double().mean().item(), [int(n) + 1 for n in boxes.amax(0)]
+    for more in range(max(size), -1, -1):       # the largest slots that are filled at most half the time, so no pattern
+        slot = [min(t + more, n) for t, n in zip(top, size)]
+        slots = [n // s for n, s in zip(size, slot)]
+        p = rate * math.prod(size) / (math.prod(slots) * area)
+        if p <= .5 or more == 0: return slot, slots, p
 
 def segments(
     count: int,                         # how many lines or maps
@@ -69,7 +76,8 @@ def segments(
     slot, slots, p = slots_for(size, boxes, rate)
     there = torch.rand(count, *slots, generator=generator) < p
     box = boxes[torch.randint(len(boxes), (count, *slots), generator=generator)]                # (count, …, 2)
-    first = torch.randint(2**31, box.shape, generator=generator) % (boxes.amax(0) - box + 1)    # where in its slot
+    room = (torch.tensor(slot) - box).clamp_min(1)                                              # one stays free
+    first = torch.randint(2**31, box.shape, generator=generator) % room                         # where in its slot
     index, inside = [], []
     for axis, n in enumerate(size):
         at = (torch.arange(n) + torch.randint(n, (count, 1), generator=generator)) % n          # from the cut on
@@ -81,7 +89,7 @@ def segments(
     for axis, x in enumerate(inside): there &= (x >= first[..., axis]) & (x < (first + box)[..., axis])
     return there
 
-# %% ../../nbs/attention/31_dropout.ipynb #caf507da
+# %% ../../nbs/attention/31_dropout.ipynb #dac5cead
 TOKEN_DROPOUTS = Registry('token_dropout', 'takes tokens away during training, tokens in, tokens out',
                           context=('dim', 'grid', 'specials', 'generator'))
 
@@ -90,6 +98,7 @@ class NoTokenDropout(nn.Module):
     "Leaves all tokens, as Dinomaly does."
     def forward(self, tokens, generator=None): return tokens
 
+# %% ../../nbs/attention/31_dropout.ipynb #a1851e56
 @TOKEN_DROPOUTS.register('directional')
 class TokenDropout(Scheduled):
     "Takes away segments of rows or columns, squares, or single tokens, at one total rate (seed 003, A1 and A2)."

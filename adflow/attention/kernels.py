@@ -24,7 +24,7 @@ def feature_map(
     "ELU + 1, in float32 at least (Dinomaly; Katharopoulos et al. 2020)."
     return F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
 
-# %% ../../nbs/attention/30_kernels.ipynb #e1fa4740
+# %% ../../nbs/attention/30_kernels.ipynb #dbbd89a0
 class Band(NamedTuple):
     "A position weight on a window around each token."
     weight: float | Tensor      # a number, or a tensor that broadcasts to (B, heads)
@@ -56,7 +56,7 @@ def check_weights(
     low, at = table.min().item(), divmod(int(table.argmin()), reach[1])
     if low < -1e-9:
         raise PartError(f'attention: tokens {at[0]} rows and {at[1]} columns apart have the weight {low:g}; '
-                        'all weights must be 0 or more: g ≥ 0, g + r ≥ 0, g + c ≥ 0, g + r + c + s ≥ 0, and so with every band.')
+                        'all must be 0 or more: g ≥ 0, g + r ≥ 0, g + c ≥ 0, g + r + c + s ≥ 0, with every band.')
     seen = table[:grid[0] // 2 + 1, :grid[1] // 2 + 1].max()    # by the token in the middle; others see farther
     if seen <= 1e-9 and not specials:
         raise PartError(f'attention: on a {grid[0]}×{grid[1]} grid some token sees nothing, all its weights are 0; '
@@ -66,9 +66,10 @@ def near(
     size: int,                  # rows or columns
     reach: int | None,          # how far the window reaches
     circular: bool = False,
+    device=None,
 ) -> Tensor:                    # (size, size) bool
     "Which positions of an axis are in each other's window."
-    at = torch.arange(size)
+    at = torch.arange(size, device=device)
     d = (at[:, None] - at).abs()
     d = torch.minimum(d, size - d) if circular else d
     return d <= (size if reach is None else reach)
@@ -89,7 +90,7 @@ def position_weights(
         w += b.weight * (rows[:, None, :, None] & columns[:, None])
     return F.pad(w.flatten(2).flatten(0, 1), (specials, 0, specials, 0), value=1.)
 
-# %% ../../nbs/attention/30_kernels.ipynb #5c96c0e9
+# %% ../../nbs/attention/30_kernels.ipynb #39e60514
 def along(
     q: Tensor, k: Tensor, v: Tensor,    # (B, heads, H, W, d or e)
     mix: Tensor | None,                 # (…, H, H) what a row takes from the sums of each row; None: its own
@@ -129,7 +130,7 @@ def mixing(
         return None
     mix = 0. if rest is None else rest
     for w, plus, reach in bands:
-        inside = near(size, reach, circular).to(like)
+        inside = near(size, reach, circular, like.device).to(like.dtype)
         mix = mix + plus * inside + (plus - w) * (1 - inside)
     return mix
 

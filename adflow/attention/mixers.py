@@ -20,7 +20,7 @@ from ..parts import PartError, Registry
 __all__ = ['MIXERS', 'Mixer', 'LinearMixer', 'RowMixer', 'ColumnMixer', 'logit', 'BiasedMixer', 'AxialMixer', 'MergedMixer',
            'BandedMixer', 'SoftmaxMixer', 'NeighbourMixer']
 
-# %% ../../nbs/attention/32_mixers.ipynb #c9db3b03
+# %% ../../nbs/attention/32_mixers.ipynb #15ee4cf0
 MIXERS = Registry('mixer', 'attention of a decoder block, tokens in, tokens out',
                   context=('dim', 'heads', 'grid', 'specials', 'generator'))
 
@@ -32,9 +32,8 @@ class Mixer(Scheduled):
         grid: tuple[int, int],          # (H, W)
         specials: int = 0,              # S, class and register tokens, before the grid
         generator: torch.Generator | None = None, # for the weights
-        ramp: str = 'none', start: float = 0., end: float = 1., # see `Scheduled`
     ):
-        super().__init__(ramp, start, end)
+        super().__init__()
         if heads < 1 or dim % heads: raise PartError(f'mixer: heads={heads} must divide the {dim} channels.')
         self.heads, self.grid, self.specials = heads, tuple(grid), specials
         self.qkv, self.proj = linear(dim, 3 * dim, generator), linear(dim, dim, generator)
@@ -97,7 +96,7 @@ class ColumnMixer(LinearMixer):
     "Linear attention within the own column and to special tokens (seed 000, Y only): across a horizontal fault."
     def weights(self): return dict(g=0., c=1.)
 
-# %% ../../nbs/attention/32_mixers.ipynb #3e48065c
+# %% ../../nbs/attention/32_mixers.ipynb #d19588b0
 def logit(share: float, what: str) -> float:
     "The inverse of the sigmoid."
     if not 0 < share < 1: raise PartError(f'mixer: {what}={share} must lie between 0 and 1 to be learned.')
@@ -116,7 +115,8 @@ class BiasedMixer(LinearMixer):
         end: float = 1.,                # share of the training at which it has risen
         generator: torch.Generator | None = None,
     ):
-        super().__init__(dim, heads, grid, specials, generator, ramp, start, end)
+        super().__init__(dim, heads, grid, specials, generator)
+        self.schedule(ramp, start, end)
         if learned and ramp != 'none':
             raise PartError(f"mixer 'biased': β is either learned or follows ramp={ramp}; leave one of them out.")
         beta = (1 / (1 + math.exp(4)) if learned else .5) if beta is None else beta

@@ -237,7 +237,8 @@ def theirs(tmp_path_factory):
 @pytest.mark.parametrize('recenter', [False, True])
 def test_the_network_agrees_with_anomalibs_on_copied_weights(theirs, recenter):
     net = Reconstructor(width=32, n_layers=8, grid=GRID, specials=5, depth=8, heads=4, mlp_ratio=4., groups=2,
-                        dropout=.2, mixer='linear', token_dropout='none', drop_at='input', recenter='cls' if recenter else 'none',
+                        dropout=.2, mixer='linear', token_dropout='none', drop_at='input',
+                        recenter='cls' if recenter else 'none',
                         mlp_bias=True, seed=0).eval()
     ours = net.state_dict()
     name = {'bottleneck.0.': 'bottleneck.', 'decoder.': 'blocks.', '.attn.': '.mixer.'}

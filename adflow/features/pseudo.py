@@ -16,7 +16,44 @@ from .store import FeatureSet, StoreError, from_arrays
 from ..parts import PartError, nearest
 
 # %% auto #0
-__all__ = ['make_defects', 'patch_masks']
+__all__ = ['normal_rows', 'changed_copies', 'make_defects', 'patch_masks']
+
+# %% ../../nbs/features/15_pseudo.ipynb #c0a4e15d
+def normal_rows(
+    features: FeatureSet,      # with images and backbone
+    splits: tuple,             # of which normal images
+    limit: int,                # at most so many of a class and split
+) -> pd.DataFrame:             # their rows of the index
+    "The normal images that changed copies are made of."
+    if features.preprocess is None or features.backbone is None:
+        raise StoreError('pseudo: defects are painted on images; these features were made from arrays.')
+    index = features.where(split=list(splits), label=0).index.groupby(['class', 'split'], sort=False).head(limit)
+    if not len(index): raise StoreError(f"pseudo: there are no normal images in the splits {', '.join(splits)}.")
+    return index
+
+def changed_copies(
+    features: FeatureSet,      # whose preprocessing and backbone are used
+    rows: list[dict],          # one per copy: columns of the index, and what `change` takes out of them
+    change,                    # row → pixels (h, w, 3) float, as they are before normalization; mask (h, w); columns
+    batch_size: int = 16,      # images per pass through the backbone
+    progress: bool = True,
+) -> FeatureSet:               # in memory, float16; masks at the size of the images; `image` is the unchanged file
+    "Features of changed copies of images."
+    mean, std = (torch.tensor(v)[:, None, None] for v in (features.preprocess.mean, features.preprocess.std))
+    index, patches, special, masks = [], [], [], []
+    for at in tqdm(range(0, len(rows), batch_size), desc='changed copies', disable=not progress):
+        images = []
+        for row in (dict(r) for r in rows[at:at + batch_size]):
+            pixels, mask, columns = change(row)
+            images.append((torch.from_numpy(np.asarray(pixels, np.float32)).permute(2, 0, 1) - mean) / std)
+            masks.append(mask)
+            index.append({**row, 'mask': None, **columns})
+        x, own = features.backbone(torch.stack(images))
+        patches.append(x.half().cpu())
+        if own is not None: special.append(own.half().cpu())
+    special = torch.cat(special) if special else None
+    made = from_arrays(torch.cat(patches), pd.DataFrame(index), special, np.stack(masks))
+    return made.to(features.device)
 
 # %% ../../nbs/features/15_pseudo.ipynb #f9a95880
 def make_defects(
@@ -37,30 +74,19 @@ def make_defects(
     if not kinds or per_image < 1 or not 0 < weakest <= 1:
         raise PartError(f'pseudo: kinds={kinds}, per_image={per_image}, weakest={weakest}: give at least one kind and '
                         'copy, and a strength above 0, at most 1.')
-    if features.preprocess is None or features.backbone is None:
-        raise StoreError('pseudo: defects are painted on images; these features were made from arrays.')
-    normal = features.where(split=list(splits), label=0)
-    index = normal.index.groupby(['class', 'split'], sort=False).head(limit)
-    if not len(index): raise StoreError(f"pseudo: there are no normal images in the splits {', '.join(splits)}.")
+    index = normal_rows(features, splits, limit)
     textures = {c: index['image'][index['class'] != c].tolist() or index['image'].tolist()
                 for c in index['class'].unique()}
-    p, rows, out, masks = features.preprocess, [], [], []
-    mean, std = (torch.tensor(v)[:, None, None] for v in (p.mean, p.std))
-    todo = [(r, i) for r in index.to_dict('records') for i in range(per_image)]
-    for at in tqdm(range(0, len(todo), batch_size), desc='synthetic defects', disable=not progress):
-        images = []
-        for r, i in todo[at:at + batch_size]:
-            rng = rng_for(seed, r['class'], r['split'], str(r['image']).rsplit('/', 1)[-1], i)
-            kind = kinds[rng.integers(len(kinds))]
-            texture = textures[r['class']][rng.integers(len(textures[r['class']]))]
-            image, other = ((p.pixels(f).clip(0, 1) * 255).round().astype(np.uint8) for f in (r['image'], texture))
-            image, mask, severity = paint(kind, rng, image, other, weakest + (1 - weakest) * rng.random())
-            images.append((torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std)
-            masks.append(mask)
-            rows.append({**r, 'kind': kind, 'label': 1, 'mask': None, 'severity': severity})
-        out.append(features.backbone(torch.stack(images))[0].half().cpu())
-    made = from_arrays(torch.cat(out), pd.DataFrame(rows), masks=np.stack(masks))
-    return made.to(features.device)
+    def painted(row):
+        rng = rng_for(seed, row['class'], row['split'], str(row['image']).rsplit('/', 1)[-1], row.pop('copy'))
+        kind = kinds[rng.integers(len(kinds))]
+        texture = textures[row['class']][rng.integers(len(textures[row['class']]))]
+        image, other = ((features.preprocess.pixels(f).clip(0, 1) * 255).round().astype(np.uint8)
+                        for f in (row['image'], texture))
+        image, mask, severity = paint(kind, rng, image, other, weakest + (1 - weakest) * rng.random())
+        return image.astype(np.float32) / 255, mask, {'kind': kind, 'label': 1, 'severity': severity}
+    rows = [{**r, 'copy': i} for r in index.to_dict('records') for i in range(per_image)]
+    return changed_copies(features, rows, painted, batch_size, progress)
 
 def patch_masks(
     features: FeatureSet,      # with masks

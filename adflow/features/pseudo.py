@@ -4,6 +4,7 @@
 
 # %% ../../nbs/features/15_pseudo.ipynb #5657f752
 from __future__ import annotations
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from .store import FeatureSet, StoreError, from_arrays
 from ..parts import PartError, nearest
 
 # %% auto #0
-__all__ = ['normal_rows', 'changed_copies', 'make_defects', 'patch_masks']
+__all__ = ['normal_rows', 'changed_copies', 'make_defects', 'patch_masks', 'Defects', 'copies_for', 'batches_of_defects']
 
 # %% ../../nbs/features/15_pseudo.ipynb #c0a4e15d
 def normal_rows(
@@ -98,3 +99,57 @@ def patch_masks(
     covered = F.adaptive_avg_pool2d(masks[:, None], features.grid)[:, 0]
     most = covered.flatten(1).amax(1)[:, None, None]
     return (covered >= share) | ((covered == most) & (most > 0))
+
+# %% ../../nbs/features/15_pseudo.ipynb #c0a4e15e
+class Defects(NamedTuple):
+    "What one step gets of synthetic defects."
+    features: torch.Tensor             # (n, H, W, D), or (n, S + H·W, D) for detectors that want special tokens
+    masks: torch.Tensor                # (n, H, W) bool, patches
+    severity: torch.Tensor             # (n,) float32
+    of: torch.Tensor                   # (n,) the image of the batch that it was made of; -1: none of them
+    fault: torch.Tensor                # (n,) the same number: the same fault, at several severities
+
+def copies_for(
+    copies: dict,                      # image → its faults, each the rows of its copies
+    images: list,                      # of a batch
+    share: float,                      # how probable it is that an image brings a fault
+    generator: torch.Generator,
+) -> tuple[list, list]:                # rows of copies, and the position in the batch each belongs to
+    "The copies of some of the images, of at least one that has any."
+    have, rows, of = [i for i, image in enumerate(images) if image in copies], [], []
+    u = torch.rand(len(have), generator=generator)
+    for k, i in enumerate(have):
+        if u[k] >= share and u[k] > u.min(): continue
+        faults = copies[images[i]]
+        mine = faults[int(torch.randint(len(faults), (), generator=generator))]
+        rows += mine; of += [i] * len(mine)
+    return rows, of
+
+def batches_of_defects(
+    defects: FeatureSet,
+    rows: dict,                        # group → positions of its defects
+    share: float | None = None,        # None: any defects; else copies of the batch's images, see `copies_for`
+    special: bool = False,             # CLS and registers too, as one sequence of tokens
+):                                     # (group, images of the batch, generator) → `Defects`; None where there are none
+    "What hands a loss the synthetic defects of its step."
+    d, masks, take = defects, patch_masks(defects), defects.tokens if special else defects.batch
+    if share is not None and 'fault' not in d.index:
+        raise PartError('this detector wants faulty copies of its images, such as those of `make_faults` (pseudo: '
+                        '{make: faults}); the synthetic defects at hand have no column fault.')
+    severity = torch.tensor(d.index['severity'].to_numpy(), dtype=torch.float32)
+    fault = torch.tensor(d.index['fault'].to_numpy() if 'fault' in d.index else np.arange(len(d)))
+    copies = {g: {} for g in rows}
+    for g in rows if share is not None else ():
+        for i in rows[g]: copies[g].setdefault(d.index['image'][i], {}).setdefault(int(fault[i]), []).append(i)
+        copies[g] = {image: list(faults.values()) for image, faults in copies[g].items()}
+    def batch(group, images, generator):
+        if group not in rows: return None
+        if share is None:
+            at = [rows[group][i] for i in torch.randint(len(rows[group]), (len(images),), generator=generator).tolist()]
+            of = [-1] * len(at)
+        else:
+            aside = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
+            at, of = copies_for(copies[group], images, share, aside)
+        if not at: return None
+        return Defects(take(at), *(v.to(d.device) for v in (masks[at], severity[at], torch.tensor(of), fault[at])))
+    return batch

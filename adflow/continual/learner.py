@@ -20,7 +20,7 @@ from .optimizers import OPTIMIZERS, SCHEDULES
 from .strategies import STRATEGIES, Strategy
 from .tasks import Task
 from ..features.augment import draw
-from ..features.pseudo import patch_masks
+from ..features.pseudo import batches_of_defects
 from ..parts import Detector, PartError, lr_scales, slot_of
 
 # %% auto #0
@@ -161,24 +161,23 @@ def step(self: Trainer, detector, opt, params, x, group, where, images=(), **sta
     opt.zero_grad(set_to_none=True)
     loss.backward()
     self.strategy.gradients(detector, params)
-    norm = torch.nn.utils.clip_grad_norm_(params.values(), self.clip or math.inf)
+    apart = {id(p) for m in detector.modules() if getattr(m, 'clip_apart', False) for p in m.parameters()}
+    norm = torch.nn.utils.clip_grad_norm_([p for p in params.values() if id(p) not in apart], self.clip or math.inf)
+    if apart: torch.nn.utils.clip_grad_norm_([p for p in params.values() if id(p) in apart], self.clip or math.inf)
     before = {k: p.detach().clone() for k, p in params.items()} if self.strategy.keeps_before else None
     opt.step()
     if before is not None:
         with torch.no_grad(): self.strategy.stepped(detector, params, before)
     return {'loss': loss.item(), **{k: float(v) for k, v in parts.items()}, 'grad_norm': norm.item()}
 
+# %% ../../nbs/continual/68_learner.ipynb #c0a4e169
 @patch
 def defect_batches(self: Trainer, detector, task):
-    "A function (group, n, generator) → features and patch masks of synthetic defects, None where there are none."
+    "A function (group, images of the batch, generator) → `Defects`, None where there are none."
     d = self.defects.where(split='train') if self.defects is not None else ()
-    if not len(d): return lambda group, n, generator: None
-    rows, masks = by_group(detector, d, task, self.task_of), patch_masks(d)
-    def batch(group, n, generator):
-        if group not in rows: return None
-        at = [rows[group][i] for i in torch.randint(len(rows[group]), (n,), generator=generator).tolist()]
-        return d.batch(at), masks[at].to(d.device)
-    return batch
+    if not len(d): return lambda group, images, generator: None
+    return batches_of_defects(d, by_group(detector, d, task, self.task_of), getattr(detector, 'faulty', None),
+                              getattr(detector, 'specials', False))
 
 # %% ../../nbs/continual/68_learner.ipynb #a07e60d8
 @patch
@@ -215,8 +214,8 @@ def fit(self: Trainer, detector, task: Task, features):
             x = draw(features, at, getattr(detector, 'augment', None), g, getattr(detector, 'specials', False))
             images = features.index['image'].iloc[at] if 'image' in features.index else at
             state['logs'].append(self.step(
-                detector, opt, params, x, group, where, list(images), generator=g, defects=defects(group, len(at), g),
-                step=step, progress=step / steps))
+                detector, opt, params, x, group, where, list(images), generator=g, step=step, progress=step / steps,
+                defects=defects(group, list(images), g)))
             bar.update(); bar.set_postfix(loss=f"{state['logs'][-1]['loss']:.1f}", refresh=False)
             if self.save and time.monotonic() - saved > self.checkpoint_seconds:
                 tensors, numbers = pack_optimizer(opt, params)

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/features/15_pseudo.ipynb #5657f752
 from __future__ import annotations
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,44 @@ from .store import FeatureSet, StoreError, from_arrays
 from ..parts import PartError, nearest
 
 # %% auto #0
-__all__ = ['make_defects', 'patch_masks']
+__all__ = ['normal_rows', 'changed_copies', 'make_defects', 'patch_masks', 'Defects', 'copies_for', 'batches_of_defects']
+
+# %% ../../nbs/features/15_pseudo.ipynb #c0a4e15d
+def normal_rows(
+    features: FeatureSet,      # with images and backbone
+    splits: tuple,             # of which normal images
+    limit: int,                # at most so many of a class and split
+) -> pd.DataFrame:             # their rows of the index
+    "The normal images that changed copies are made of."
+    if features.preprocess is None or features.backbone is None:
+        raise StoreError('pseudo: defects are painted on images; these features were made from arrays.')
+    index = features.where(split=list(splits), label=0).index.groupby(['class', 'split'], sort=False).head(limit)
+    if not len(index): raise StoreError(f"pseudo: there are no normal images in the splits {', '.join(splits)}.")
+    return index
+
+def changed_copies(
+    features: FeatureSet,      # whose preprocessing and backbone are used
+    rows: list[dict],          # one per copy: columns of the index, and what `change` takes out of them
+    change,                    # row → pixels (h, w, 3) float, as they are before normalization; mask (h, w); columns
+    batch_size: int = 16,      # images per pass through the backbone
+    progress: bool = True,
+) -> FeatureSet:               # in memory, float16; masks at the size of the images; `image` is the unchanged file
+    "Features of changed copies of images."
+    mean, std = (torch.tensor(v)[:, None, None] for v in (features.preprocess.mean, features.preprocess.std))
+    index, patches, special, masks = [], [], [], []
+    for at in tqdm(range(0, len(rows), batch_size), desc='changed copies', disable=not progress):
+        images = []
+        for row in (dict(r) for r in rows[at:at + batch_size]):
+            pixels, mask, columns = change(row)
+            images.append((torch.from_numpy(np.asarray(pixels, np.float32)).permute(2, 0, 1) - mean) / std)
+            masks.append(mask)
+            index.append({**row, 'mask': None, **columns})
+        x, own = features.backbone(torch.stack(images))
+        patches.append(x.half().cpu())
+        if own is not None: special.append(own.half().cpu())
+    special = torch.cat(special) if special else None
+    made = from_arrays(torch.cat(patches), pd.DataFrame(index), special, np.stack(masks))
+    return made.to(features.device)
 
 # %% ../../nbs/features/15_pseudo.ipynb #f9a95880
 def make_defects(
@@ -37,30 +75,19 @@ def make_defects(
     if not kinds or per_image < 1 or not 0 < weakest <= 1:
         raise PartError(f'pseudo: kinds={kinds}, per_image={per_image}, weakest={weakest}: give at least one kind and '
                         'copy, and a strength above 0, at most 1.')
-    if features.preprocess is None or features.backbone is None:
-        raise StoreError('pseudo: defects are painted on images; these features were made from arrays.')
-    normal = features.where(split=list(splits), label=0)
-    index = normal.index.groupby(['class', 'split'], sort=False).head(limit)
-    if not len(index): raise StoreError(f"pseudo: there are no normal images in the splits {', '.join(splits)}.")
+    index = normal_rows(features, splits, limit)
     textures = {c: index['image'][index['class'] != c].tolist() or index['image'].tolist()
                 for c in index['class'].unique()}
-    p, rows, out, masks = features.preprocess, [], [], []
-    mean, std = (torch.tensor(v)[:, None, None] for v in (p.mean, p.std))
-    todo = [(r, i) for r in index.to_dict('records') for i in range(per_image)]
-    for at in tqdm(range(0, len(todo), batch_size), desc='synthetic defects', disable=not progress):
-        images = []
-        for r, i in todo[at:at + batch_size]:
-            rng = rng_for(seed, r['class'], r['split'], str(r['image']).rsplit('/', 1)[-1], i)
-            kind = kinds[rng.integers(len(kinds))]
-            texture = textures[r['class']][rng.integers(len(textures[r['class']]))]
-            image, other = ((p.pixels(f).clip(0, 1) * 255).round().astype(np.uint8) for f in (r['image'], texture))
-            image, mask, severity = paint(kind, rng, image, other, weakest + (1 - weakest) * rng.random())
-            images.append((torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std)
-            masks.append(mask)
-            rows.append({**r, 'kind': kind, 'label': 1, 'mask': None, 'severity': severity})
-        out.append(features.backbone(torch.stack(images))[0].half().cpu())
-    made = from_arrays(torch.cat(out), pd.DataFrame(rows), masks=np.stack(masks))
-    return made.to(features.device)
+    def painted(row):
+        rng = rng_for(seed, row['class'], row['split'], str(row['image']).rsplit('/', 1)[-1], row.pop('copy'))
+        kind = kinds[rng.integers(len(kinds))]
+        texture = textures[row['class']][rng.integers(len(textures[row['class']]))]
+        image, other = ((features.preprocess.pixels(f).clip(0, 1) * 255).round().astype(np.uint8)
+                        for f in (row['image'], texture))
+        image, mask, severity = paint(kind, rng, image, other, weakest + (1 - weakest) * rng.random())
+        return image.astype(np.float32) / 255, mask, {'kind': kind, 'label': 1, 'severity': severity}
+    rows = [{**r, 'copy': i} for r in index.to_dict('records') for i in range(per_image)]
+    return changed_copies(features, rows, painted, batch_size, progress)
 
 def patch_masks(
     features: FeatureSet,      # with masks
@@ -72,3 +99,57 @@ def patch_masks(
     covered = F.adaptive_avg_pool2d(masks[:, None], features.grid)[:, 0]
     most = covered.flatten(1).amax(1)[:, None, None]
     return (covered >= share) | ((covered == most) & (most > 0))
+
+# %% ../../nbs/features/15_pseudo.ipynb #c0a4e15e
+class Defects(NamedTuple):
+    "What one step gets of synthetic defects."
+    features: torch.Tensor             # (n, H, W, D), or (n, S + H·W, D) for detectors that want special tokens
+    masks: torch.Tensor                # (n, H, W) bool, patches
+    severity: torch.Tensor             # (n,) float32
+    of: torch.Tensor                   # (n,) the image of the batch that it was made of; -1: none of them
+    fault: torch.Tensor                # (n,) the same number: the same fault, at several severities
+
+def copies_for(
+    copies: dict,                      # image → its faults, each the rows of its copies
+    images: list,                      # of a batch
+    share: float,                      # how probable it is that an image brings a fault
+    generator: torch.Generator,
+) -> tuple[list, list]:                # rows of copies, and the position in the batch each belongs to
+    "The copies of some of the images, of at least one that has any."
+    have, rows, of = [i for i, image in enumerate(images) if image in copies], [], []
+    u = torch.rand(len(have), generator=generator)
+    for k, i in enumerate(have):
+        if u[k] >= share and u[k] > u.min(): continue
+        faults = copies[images[i]]
+        mine = faults[int(torch.randint(len(faults), (), generator=generator))]
+        rows += mine; of += [i] * len(mine)
+    return rows, of
+
+def batches_of_defects(
+    defects: FeatureSet,
+    rows: dict,                        # group → positions of its defects
+    share: float | None = None,        # None: any defects; else copies of the batch's images, see `copies_for`
+    special: bool = False,             # CLS and registers too, as one sequence of tokens
+):                                     # (group, images of the batch, generator) → `Defects`; None where there are none
+    "What hands a loss the synthetic defects of its step."
+    d, masks, take = defects, patch_masks(defects), defects.tokens if special else defects.batch
+    if share is not None and 'fault' not in d.index:
+        raise PartError('this detector wants faulty copies of its images, such as those of `make_faults` (pseudo: '
+                        '{make: faults}); the synthetic defects at hand have no column fault.')
+    severity = torch.tensor(d.index['severity'].to_numpy(), dtype=torch.float32)
+    fault = torch.tensor(d.index['fault'].to_numpy() if 'fault' in d.index else np.arange(len(d)))
+    copies = {g: {} for g in rows}
+    for g in rows if share is not None else ():
+        for i in rows[g]: copies[g].setdefault(d.index['image'][i], {}).setdefault(int(fault[i]), []).append(i)
+        copies[g] = {image: list(faults.values()) for image, faults in copies[g].items()}
+    def batch(group, images, generator):
+        if group not in rows: return None
+        if share is None:
+            at = [rows[group][i] for i in torch.randint(len(rows[group]), (len(images),), generator=generator).tolist()]
+            of = [-1] * len(at)
+        else:
+            aside = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
+            at, of = copies_for(copies[group], images, share, aside)
+        if not at: return None
+        return Defects(take(at), *(v.to(d.device) for v in (masks[at], severity[at], torch.tensor(of), fault[at])))
+    return batch

@@ -17,12 +17,26 @@ from .kernels import (Band, axial_attention, bands_of, check_weights, feature_ma
 from ..parts import PartError, Registry
 
 # %% auto #0
-__all__ = ['MIXERS', 'Mixer', 'LinearMixer', 'RowMixer', 'ColumnMixer', 'logit', 'BiasedMixer', 'AxialMixer', 'MergedMixer',
-           'BandedMixer', 'SoftmaxMixer', 'NeighbourMixer']
+__all__ = ['MIXERS', 'Mixers', 'Mixer', 'LinearMixer', 'RowMixer', 'ColumnMixer', 'logit', 'BiasedMixer', 'AxialMixer',
+           'MergedMixer', 'BandedMixer', 'SoftmaxMixer', 'NeighbourMixer']
 
 # %% ../../nbs/attention/32_mixers.ipynb #15ee4cf0
-MIXERS = Registry('mixer', 'attention of a decoder block, tokens in, tokens out',
-                  context=('dim', 'heads', 'grid', 'specials', 'generator'))
+class Mixers(Registry):
+    "One mixer for all blocks, or a list with one each, or some blocks apart: `{default: linear, blocks: {2-3: row}}`."
+    def check(self, spec):
+        if isinstance(spec, (list, tuple)): return [super(Mixers, self).check(s) for s in spec]
+        if not isinstance(spec, dict) or 'name' in spec: return super().check(spec)
+        return {b: super(Mixers, self).check(s) for b, s in self.apart(spec).items()}
+
+    def apart(self, spec: dict) -> dict:
+        "Block, or span of blocks, → spec; `default` for the others."
+        if set(spec) - {'default', 'blocks'} or not isinstance(spec.get('blocks'), dict):
+            raise PartError(f'mixer: expected a name, {{name: …, argument: …}}, a list with one per block, or '
+                            f'{{default: linear, blocks: {{2-3: row}}}}, got {spec!r}.')
+        return {'default': spec.get('default', 'linear'), **spec['blocks']}
+
+MIXERS = Mixers('mixer', 'attention of a decoder block, tokens in, tokens out',
+                context=('dim', 'heads', 'grid', 'specials', 'generator'))
 
 class Mixer(Scheduled):
     "Queries, keys and values of all heads, and a projection; the rest is `mix`."

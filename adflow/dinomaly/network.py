@@ -93,17 +93,16 @@ def initialize(root: nn.Module, generator: torch.Generator):
             nn.init.trunc_normal_(m.weight, std=.01, a=-.03, b=.03, generator=generator)
             if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../../nbs/dinomaly/50_network.ipynb #1b06f586
+# %% ../../nbs/dinomaly/50_network.ipynb #046c14e5
 def mixers_of(
     spec,                        # one, a list with one per block, or {'default': spec, 'blocks': {'2-3': spec}}
     depth: int,                  # decoder blocks
 ) -> list:                       # one spec per block
     "Which mixer every decoder block gets; blocks count from 1."
     if isinstance(spec, dict) and 'name' not in spec:
-        if set(spec) - {'default', 'blocks'} or not isinstance(spec.get('blocks'), dict):
-            raise PartError(f"mixer: expected a name, a list, or {{default: …, blocks: {{2-3: row}}}}, got {spec!r}.")
-        out = [spec.get('default', 'linear')] * depth
-        for key, own in spec['blocks'].items():
+        apart = MIXERS.apart(spec)
+        out = [apart.pop('default')] * depth
+        for key, own in apart.items():
             first, _, last = str(key).partition('-')
             try: span = range(int(first), int(last or first) + 1)
             except ValueError:

@@ -1,6 +1,7 @@
 """Dinomaly through the learner, with every mixer and token dropout; and number by number beside anomalib's"""
 import os
 import subprocess
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,7 +19,8 @@ from adflow.dinomaly.model import Dinomaly
 from adflow.dinomaly.network import MLP, Reconstructor
 from adflow.evaluate.stages import StageEvaluator
 from adflow.features.store import from_arrays
-from adflow.parts import PartError, add_task, use_task
+from adflow.parts import DETECTORS, PartError, add_task, use_task
+from adflow.workbook.params import load
 
 D, GRID, S = 8, (4, 6), 3
 SMALL = dict(layers=[D, D], depth=2, heads=2, dropout=.2)
@@ -127,6 +129,29 @@ def test_a_stage_of_dinomaly_is_evaluated_as_any_other():
     assert (rows['pixel_auroc'] > .9).all() and set(rows['class']) == {'a', 'b'}, rows
 
 # ------------------------------------------------------------------------------------------ every mixer and dropout
+ABLATION = sorted((Path(__file__).parents[1] / 'params/dinomaly').glob('**/*.yaml'))
+
+@pytest.mark.parametrize('file', ABLATION, ids=[f.stem for f in ABLATION])
+def test_every_parameter_file_builds_and_learns(file):
+    "On a small grid of tokens, with the parts that the file names."
+    values = load(file).values
+    args = {k: values[k] for k in DETECTORS.arguments('dinomaly') if k in values}
+    house = dict(dim=16, grid=(9, 8), layers=[8, 8], special=5 if args['specials'] else 0)
+    d, g = DETECTORS.build({'name': 'dinomaly', **args, 'depth': 4}, **house), torch.Generator()
+    d.groups['all'] = add_task(d)
+    x = rand(3, 5 + 72, 16) if args['specials'] else rand(3, 9, 8, 16)
+    opt = OPTIMIZERS.build(values['optimizer'], params=d.parameters(), lr=3e-3)
+    d.train()
+    for i in range(12):
+        loss, _ = d.loss(x, 'all', generator=g.manual_seed(i), step=i, progress=i / 12)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    d.eval()
+    en, de = d.net(x)
+    again = sum((1 - torch.cosine_similarity(e, y, dim=-1)).mean() for e, y in zip(en, de)) / 2
+    assert again < .95 and torch.isfinite(d.score(x, 'all')).all()
+
 @pytest.mark.parametrize('mixer', list(MIXERS))
 def test_every_mixer_learns_and_comes_back_from_a_file(mixer, tmp_path):
     spec = {'name': mixer, **({'size': 3} if mixer == 'neighbour' else {})}     # the grid is small

@@ -86,16 +86,17 @@ class FeatureSet:
         "`(b, S, D)` float32: CLS and registers; None if the backbone has none."
         return self._gather(np.arange(len(self))[rows], 'special').float() if 'special' in self.parts[0] else None
 
-    def tokens(self, rows) -> Tensor:
-        "`(b, S + H·W, D)` float32: special tokens, if there are any, and patches as one sequence."
-        patches, special = self.batch(rows).flatten(1, 2), self.special_batch(rows)
-        return patches if special is None else torch.cat([special, patches], 1)
-
     def pooled(self) -> Tensor:
         "`(N, D)` float32: the mean over the grid, computed at extraction."
         return self._gather(np.arange(len(self)), 'pooled')
 
 # %% ../../nbs/features/13_store.ipynb #c1ece599
+@patch
+def tokens(self: FeatureSet, rows) -> Tensor:
+    "`(b, S + H·W, D)` float32: special tokens, if there are any, and patches as one sequence."
+    patches, special = self.batch(rows).flatten(1, 2), self.special_batch(rows)
+    return patches if special is None else torch.cat([special, patches], 1)
+
 @patch
 def to(self: FeatureSet, device) -> FeatureSet:
     "This view with its features in the memory of a device, as stored (float16 stays float16)."

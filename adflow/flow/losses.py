@@ -91,6 +91,7 @@ class Losses(Registry):
 
 LOSSES = Losses('loss', 'what training makes small: loss(z (B,H,W,D), log_det (B,H,W), **state) → scalar')
 
+# %% ../../nbs/flow/43_losses.ipynb #eb651092
 @LOSSES.register('nll')
 class NLL(nn.Module):
     "Negative log-likelihood, averaged over patches and images."

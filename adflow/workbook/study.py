@@ -36,6 +36,7 @@ REQUIRED = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_si
             'precision', 'router', 'aggregate', 'smoothing', 'seed', 'device', 'checkpoint_seconds']
 NAMES = REQUIRED + sorted({k for name in DETECTORS for k in DETECTORS.arguments(name)})
 
+# %% ../../nbs/workbook/94_study.ipynb #7781df5e
 class Study:
     "Makes what an experiment needs of its parameters, once and when first asked for."
     def __init__(self,

@@ -59,7 +59,7 @@ class Losses(Registry):
         spec,                         # {name: {argument: value}}; a number is the weight; None or False: left out
     ) -> dict:                        # the spec
         "Raises `PartError` for everything that `build_all` refuses."
-        if spec is not None: self.build_all(spec)
+        self.build_all(spec)
         return spec
 
     def build_all(self,

@@ -20,13 +20,14 @@ from ..evaluate.stages import StageEvaluator
 from ..features.ensemble import extract_mixed
 from ..dinomaly import model  # noqa: F401  registers its detector
 from ..features.pseudo import make_defects
+from ..features.severity import make_faults
 from ..flow import moleflow  # noqa: F401  registers its detector
 from ..memory import patchcore  # noqa: F401  registers its detectors
-from ..parts import DETECTORS, PartError
+from ..parts import DETECTORS, PartError, nearest
 from .params import load
 
 # %% auto #0
-__all__ = ['REQUIRED', 'NAMES', 'Study', 'run_saved']
+__all__ = ['REQUIRED', 'NAMES', 'MAKERS', 'Study', 'run_saved']
 
 # %% ../../nbs/workbook/94_study.ipynb #6e67112b
 REQUIRED = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_size', 'crop', 'interpolation',
@@ -34,6 +35,8 @@ REQUIRED = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_si
             'epochs', 'steps', 'batch_size', 'schedule', 'clip', 'precision', 'router', 'aggregate', 'smoothing',
             'seed', 'device', 'checkpoint_seconds']
 NAMES = REQUIRED + sorted({k for name in DETECTORS for k in DETECTORS.arguments(name)})
+
+MAKERS = {'defects': make_defects, 'faults': make_faults}    # `make` in `pseudo`
 
 class Study:
     "Makes what an experiment needs of its parameters, once and when first asked for."
@@ -65,9 +68,12 @@ class Study:
 
     @cached_property
     def defects(self):
-        "Synthetic defects, None unless `pseudo` asks for them."
-        if (args := self.p.pseudo) is None: return None
-        return make_defects(self.features, **dict(seed=self.p.seed, progress=self.progress) | args)
+        "Synthetic defects, None unless `pseudo` asks for them: painted ones, or {make: faults} with a severity."
+        if self.p.pseudo is None: return None
+        args = dict(seed=self.p.seed, progress=self.progress, make='defects') | self.p.pseudo
+        if (make := args.pop('make')) not in MAKERS:
+            raise PartError(f"pseudo: make: '{make}' is not known.{nearest(make, MAKERS)}")
+        return MAKERS[make](self.features, **args)
 
     @cached_property
     def tasks(self):

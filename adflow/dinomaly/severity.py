@@ -14,10 +14,10 @@ from ..flow.losses import Weight
 from ..parts import PartError, Registry, TaskModule
 
 # %% auto #0
-__all__ = ['SEVERITY', 'error_maps', 'robust_z', 'line_evidence', 'MonotoneLinear', 'BothWays', 'no_severity', 'SeverityHead',
-           'rank_loss', 'severity_loss', 'OwnHead']
+__all__ = ['SCALES', 'SEVERITY', 'error_maps', 'robust_z', 'scaled', 'line_evidence', 'MonotoneLinear', 'BothWays', 'no_severity',
+           'SeverityHead', 'rank_loss', 'severity_loss', 'OwnHead']
 
-# %% ../../nbs/dinomaly/52_severity.ipynb #5c5a7934
+# %% ../../nbs/dinomaly/52_severity.ipynb #d1339398
 def error_maps(
     en: list[Tensor],                # per group (B, H, W, D)
     de: list[Tensor],
@@ -33,18 +33,29 @@ def robust_z(
     spread = 1.4826 * (x - centre).abs().median(-1, keepdim=True).values
     return (x - centre) / torch.maximum(spread, 1e-3 * centre.abs() + 1e-8)
 
+SCALES = ('centred', 'ratio', 'robust', 'none')
+
+def scaled(
+    maps: Tensor,                    # (G, B, H, W), errors
+    scale: str = 'centred',          # of `SCALES`
+) -> Tensor:                         # (G, B, H, W) z
+    "Errors against the level of their own image and group."
+    if scale == 'none': return 100 * maps
+    if scale == 'robust': return robust_z(maps.flatten(2)).view_as(maps)
+    level = maps.flatten(2).median(-1).values[..., None, None]
+    return 100 * (maps - level) if scale == 'centred' else 5 * (maps / level.clamp_min(1e-8) - 1)
+
 def line_evidence(
     maps: Tensor,                    # (G, B, H, W), errors
     share: float = .25,              # of a line's patches: its worst ones
-    scale: str = 'robust',           # none: errors as they are, times 100
+    scale: str = 'centred',          # of `SCALES`
 ) -> Tensor:                         # (B, H + W, 3·G), the rows first
     "What stands out in every row and column."
-    z = robust_z(maps.flatten(2)).view_as(maps) if scale == 'robust' else 100 * maps
-    out = []
+    z, out = scaled(maps, scale), []
     for lines in (z, z.mT):                                             # (G, B, L, N)
         mean = lines.mean(-1)
         top = lines.topk(max(1, round(lines.shape[-1] * share)), -1).values.mean(-1)
-        out.append(torch.cat([mean, top, robust_z(mean)]).permute(1, 2, 0))
+        out.append(torch.cat([mean, top, mean - mean.median(-1, keepdim=True).values]).permute(1, 2, 0))
     return torch.cat(out, 1).asinh()
 
 # %% ../../nbs/dinomaly/52_severity.ipynb #333c67a2
@@ -71,7 +82,7 @@ def no_severity():
     "Nothing says how bad it is."
     return None
 
-# %% ../../nbs/dinomaly/52_severity.ipynb #8db38f5a
+# %% ../../nbs/dinomaly/52_severity.ipynb #83807bf7
 @SEVERITY.register('head')
 class SeverityHead(nn.Module):
     "A small MLP over the errors of every row and column, pooled over the lines; learns from faults with a severity."
@@ -87,14 +98,17 @@ class SeverityHead(nn.Module):
         depth: int = 1,                  # hidden layers; 0: linear
         pool: Literal['max', 'mean', 'attention'] = 'max', # over the lines
         share: float = .25,              # of a line's patches that count as its worst
-        scale: Literal['robust', 'none'] = 'robust', # units of the errors: the image's own spread, or none
+        scale: Literal['centred', 'ratio', 'robust', 'none'] = 'centred', # of errors; see `scaled`
         detach: bool = True,             # whether the decoder is spared the head's gradient
+        lr_scale: float = 10.,           # its learning rate, in multiples of the decoder's: it has little time
     ):
         super().__init__()
         if hidden < 2 or hidden % 2 or depth < 0:
             raise PartError(f'severity: hidden={hidden} must be even and above 0, depth={depth} 0 or more.')
-        if not 0 < ratio <= 1 or not 0 < share <= 1:
-            raise PartError(f'severity: ratio={ratio} and share={share} must be above 0, at most 1.')
+        if not 0 < ratio <= 1 or not 0 < share <= 1 or lr_scale <= 0:
+            raise PartError(f'severity: ratio={ratio} and share={share} must be above 0, at most 1; '
+                            f'lr_scale={lr_scale} above 0.')
+        self.lr_scale = lr_scale
         self.weight, self.rank, self.eta, self.ratio, self.detach = weight, rank, eta, ratio, detach
         self.pool, self.share, self.scale = pool, share, scale
         sizes = [3 * groups, *[hidden] * depth]

@@ -153,3 +153,25 @@ def __call__(self: StageEvaluator,
                          **self.metrics(c, maps, stage, s['routed_group' if is_routed else 'group'].tolist()),
                          'routing': float(right.mean()) if is_routed and len(right) else 1., **counts})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/evaluate/73_stages.ipynb #3c2d90d9
+@patch
+def by_kind(self: StageEvaluator,
+    stage,                     # of a learner
+    defects=None,              # FeatureSet of other defects; None: the test images'
+) -> pd.DataFrame:             # class, kind, n (images of the kind) and the seven metrics, by the class's own adapters
+    "One row per class and kind of defect, each against all normal test images of the class."
+    rows = []
+    for task, c in [(t, c) for t in stage.tasks for c in t.classes]:
+        group, good = stage.detector.group_of(task.name, c), self.of(c).where(label=0)
+        bad = self.of(c).where(label=1) if defects is None else defects.where(label=1, **{'class': c})
+        if not len(good) or not len(bad): continue
+        calm, quiet = score_maps(stage.detector, good, [group] * len(good), self.batch_size), good.masks()
+        _, parts = self.parts_of(stage, group)
+        for kind in bad.index['kind'].unique():
+            part = bad.where(kind=kind)
+            maps = torch.cat([calm, score_maps(stage.detector, part, [group] * len(part), self.batch_size)])
+            masks, labels = np.concatenate([quiet, part.masks()]), np.arange(len(maps)) >= len(good)
+            rows.append({'stage': stage.index, 'class': c, 'kind': kind, 'n': len(part),
+                         **evaluate_class(maps, masks, labels, size=masks.shape[-2:], **parts)})
+    return pd.DataFrame(rows)

@@ -98,8 +98,8 @@ class Backbone:
     def __init__(self,
         name: str = 'tf_efficientnet_lite0', # timm name; a tag may follow a dot
         weights: str = 'embedded',           # 'embedded', 'timm', 'random' (tests only) or a path
-        layers: list | None = None,          # CNN: which of timm's `features_only` stages; None: the preset's
-        blocks: list | None = None,          # ViT: after which blocks; None: the preset's
+        layers: list | None = None,          # CNN: which of timm's `features_only` stages, [2, 3]; None: the preset's
+        blocks: list | None = None,          # ViT: after which blocks; [[2, 3], [4, 5]]: two means
         pool: str | None = None,             # 'unfold', 'average', 'none': see `PatchPool`; None: the preset's
         combine: str | None = None,          # layers: 'mean' (origin) or 'concat'; None: the preset's
         dim: int | str | None = None,        # channels per patch; 'all' keeps every channel; None: the preset's
@@ -125,7 +125,10 @@ class Backbone:
         self.image_size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
         depth = len(net.blocks) if self.is_vit else len(net.feature_info)
         self.unit = 'blocks' if self.is_vit else 'layers'
-        self.take = sorted(set(chosen[self.unit]))
+        self.sets = [sorted(set(s)) if isinstance(s, (list, tuple)) else [s] for s in chosen[self.unit]]
+        if all(len(s) == 1 for s in self.sets): self.sets = sorted(self.sets)
+        self.take = sorted({i for s in self.sets for i in s})
+        if sum(map(len, self.sets)) != len(self.take): self.sets = [[i] for i in self.take]
         if not self.take or not 0 <= self.take[0] <= self.take[-1] < depth:
             raise PartError(f"'{name}' has {self.unit} 0 to {depth - 1}, asked for {self.take}.")
         if margin < 0 or (margin and self.is_vit): raise PartError(f'margin={margin}: 0 or more, and only for CNNs.')
@@ -139,7 +142,10 @@ class Backbone:
         self.grid = finest if grid is None else (grid,) * 2 if isinstance(grid, int) else tuple(grid)
         if len(self.grid) != 2 or min(self.grid) < 1: raise PartError(f'grid={grid}: give one number or (h, w).')
         dims = self._dims([s[1] for s in shapes], chosen['dim'])
-        self.layers = dims[:1] if chosen['combine'] == 'mean' else dims      # channels of each, in their order
+        means = [[dims[self.take.index(i)] for i in s] for s in self.sets]
+        if any(len(set(m)) > 1 for m in means):
+            raise PartError(f'{self.unit}: a mean needs layers of equal width, these have {means}.')
+        self.layers = dims[:1] if chosen['combine'] == 'mean' else [m[0] for m in means]   # channels of each
         self.dim = sum(self.layers)
         self.pools = nn.ModuleList(PatchPool(s[1], d, chosen['pool'], border, kernel) for s, d in zip(shapes, dims))
         self.to(device)
@@ -201,6 +207,10 @@ def features(self: Backbone,
             m = F.interpolate(m, size=self.grid, mode='bilinear', antialias=m.shape[2] > self.grid[0])
         patches.append(m)
         if s is not None: special.append(F.adaptive_avg_pool1d(s, m.shape[1]) if s.shape[2] != m.shape[1] else s)
+    if len(self.sets) < len(self.take):
+        place = [[self.take.index(i) for i in s] for s in self.sets]
+        patches, special = ([torch.stack([xs[i] for i in at]).mean(0) for at in place] if xs else []
+                            for xs in (patches, special))
     join = (lambda xs, d: torch.stack(xs).mean(0)) if self.settings['combine'] == 'mean' else torch.cat
     return join(patches, 1).permute(0, 2, 3, 1).contiguous(), join(special, 2) if special else None
 
@@ -232,7 +242,8 @@ def preprocess(self: Backbone, **overrides) -> Preprocess:
 def describe(self: Backbone) -> dict:
     "All that determines the features, and where the weights came from (`weights`, which does not)."
     return dict(name=self.name, weights=self.weights, weights_sha256=self.hash, image_size=list(self.image_size),
-                **{self.unit: self.take}, **self.settings, dim=self.dim, special=self.special, grid=list(self.grid))
+                **{self.unit: self.take if len(self.sets) == len(self.take) else self.sets},
+                **self.settings, dim=self.dim, special=self.special, grid=list(self.grid))
 
 @patch
 def __repr__(self: Backbone):

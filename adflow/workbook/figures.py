@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 from ..evaluate.scoring import pixel_maps
 
 # %% auto #0
-__all__ = ['COLOURS', 'GOOD', 'BAD', 'SCALE', 'TEMPLATE', 'training_curves', 'r_heatmap', 'routing', 'per_class',
+__all__ = ['COLOURS', 'GOOD', 'BAD', 'SCALE', 'TEMPLATE', 'training_curves', 'r_heatmap', 'routing', 'heatmaps', 'per_class',
            'score_histogram', 'pick', 'panels', 'hits_and_misses', 'pictures']
 
 # %% ../../nbs/workbook/93_figures.ipynb #7a4a1c6c
@@ -94,6 +94,40 @@ def routing(
     text = [['' if v == 0 else str(int(v)) for v in row] for row in table.to_numpy()]
     return _heat(share, title, SCALE, text, 'true %{y}<br>routed to %{x}: %{text} (%{z:.1%})<extra></extra>', (0., 1.),
                  'routed to', 'true')
+
+# %% ../../nbs/workbook/93_figures.ipynb #05edb1ad
+def heatmaps(
+    maps,                         # (n, H, W)
+    titles,                       # n texts
+    image=None,                   # (h, w, 3) uint8, shown first
+    mark=None,                    # (row, column) of a patch that gets a cross
+    shared: bool = True,          # one colour scale for all; False: each its own
+    columns: int = 4,             # maps in a row
+    title: str = '',
+) -> go.Figure:
+    "Maps side by side, as small heat maps."
+    maps = [np.asarray(m, dtype=float) for m in maps]
+    first = image is not None
+    names, n = ['image'] * first + list(titles), len(maps) + first
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    fig = make_subplots(rows, columns, subplot_titles=names, horizontal_spacing=.03, vertical_spacing=.25 / rows)
+    low, high = min(m.min() for m in maps), max(m.max() for m in maps)
+    for i in range(n):
+        at = dict(row=i // columns + 1, col=i % columns + 1)
+        if first and i == 0: fig.add_trace(go.Image(z=image), **at)
+        else:
+            m = maps[i - first]
+            bounds = dict(zmin=low, zmax=high) if shared else {}
+            short = np.vectorize(lambda v: float(f'{v:.3g}'))(m)
+            fig.add_heatmap(z=short, colorscale=SCALE, showscale=shared and i == n - 1, **bounds, **at)
+            if mark is not None:
+                fig.add_scatter(x=[mark[1]], y=[mark[0]], mode='markers', showlegend=False, hoverinfo='skip',
+                                marker=dict(symbol='x', size=9, color=BAD), **at)
+    fig.update_xaxes(visible=False).update_yaxes(visible=False, autorange='reversed', scaleanchor='x')
+    for i in range(n): fig.update_yaxes(scaleanchor=f'x{i + 1 if i else ""}', row=i // columns + 1, col=i % columns + 1)
+    return _finish(fig, title, 40 * bool(title) + 210 * rows, width=210 * columns + 60,
+                   margin=dict(l=10, r=10, t=40 + 30 * bool(title), b=10))
 
 # %% ../../nbs/workbook/93_figures.ipynb #814e0592
 def per_class(

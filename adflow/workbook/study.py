@@ -31,9 +31,9 @@ __all__ = ['REQUIRED', 'NAMES', 'MAKERS', 'Study', 'run_saved']
 
 # %% ../../nbs/workbook/94_study.ipynb #6e67112b
 REQUIRED = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_size', 'crop', 'interpolation',
-            'backbone', 'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector', 'strategy', 'optimizer', 'lr',
-            'epochs', 'steps', 'batch_size', 'schedule', 'clip', 'precision', 'router', 'aggregate', 'smoothing',
-            'seed', 'device', 'checkpoint_seconds']
+            'backbone', 'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector',
+            'strategy', 'optimizer', 'lr', 'epochs', 'steps', 'batch_size', 'schedule', 'clip',
+            'precision', 'router', 'aggregate', 'smoothing', 'seed', 'device', 'checkpoint_seconds']
 NAMES = REQUIRED + sorted({k for name in DETECTORS for k in DETECTORS.arguments(name)})
 
 MAKERS = {'defects': make_defects, 'faults': make_faults}    # `make` in `pseudo`
@@ -99,6 +99,10 @@ class Study:
         return StageEvaluator(self.features, self.p.aggregate, self.p.smoothing, progress=self.progress,
                               defects=self.defects)
 
+    def faults(self, **args):
+        "Faults of known direction and severity, painted on the normal test images; the same for every seed of a study."
+        return make_faults(self.features, **dict(splits=('test',), levels=1, progress=self.progress) | args)
+
     def run(self) -> pd.DataFrame:
         "Learns all tasks and evaluates after each: the rows of the R matrix."
         return pd.concat([self.evaluator(s) for s in self.learner.stages(self.tasks)], ignore_index=True)
@@ -110,6 +114,7 @@ def run_saved(
     seed: int = 0,
     sets=(),                   # 'a.b=value' texts on top
     threads: int | None = 1,   # of torch; None: as it is
+    faults: dict | None = None, # also a `…-faults.parquet`: by kind of faults painted with these arguments
 ) -> dict:                     # what stands in the JSON beside the rows
     "One parameter file, one seed: `<name>-seed<seed>.parquet` with the rows, `.json` with cost and parameters' hash."
     if threads: torch.set_num_threads(threads)
@@ -118,12 +123,18 @@ def run_saved(
     to.mkdir(parents=True, exist_ok=True)
     rows, about = (to/f'{params.name}-seed{seed}.{s}' for s in ('parquet', 'json'))
     old = json.loads(about.read_text()) if about.is_file() else {}
-    if old.get('hash') == params.hash and not old['error']: return old
-    info, start, cpu = dict(name=params.name, seed=seed, hash=params.hash, error=None), time.time(), time.process_time()
+    if old.get('hash') == params.hash and old.get('faults') == faults and not old['error']: return old
+    info = dict(name=params.name, seed=seed, hash=params.hash, faults=faults, error=None)
+    start, cpu = time.time(), time.process_time()
     try:
         study = Study(progress=False, **params.values)
-        study.run().to_parquet(temporary := rows.with_suffix('.new'))
-        os.replace(temporary, rows)
+        tables = {rows: study.run()}
+        if faults is not None:
+            last = SimpleNamespace(tasks=study.tasks, detector=study.learner.detector, index=len(study.tasks) - 1)
+            tables[rows.with_stem(rows.stem + '-faults')] = study.evaluator.by_kind(last, study.faults(**faults))
+        for path, table in tables.items():
+            table.to_parquet(temporary := path.with_suffix('.new'))
+            os.replace(temporary, path)
         counts = [p.numel() for p in study.learner.detector.parameters()]
         info |= dict(parameters=sum(counts), seconds=round(time.time() - start, 1),
                      cpu_seconds=round(time.process_time() - cpu, 1),

@@ -161,6 +161,7 @@ def loss(self: Dinomaly,
     more, own = self.head_loss(net, x, en, defects, generator, **state)
     return loss + more, parts | own
 
+# %% ../../nbs/dinomaly/53_model.ipynb #4eb225a9
 @patch
 def head_loss(self: Dinomaly,
     net: Net,
@@ -184,6 +185,7 @@ def head_loss(self: Dinomaly,
     own, _ = self.losses([e[defects.of[known]] for e in en], [d[known] for d in de], generator=aside, **state)
     return loss + weight_at(head.eta, progress) * own, parts | {'denoise': own.detach()}
 
+# %% ../../nbs/dinomaly/53_model.ipynb #edd8a69c
 @patch
 @torch.no_grad()
 def group_maps(self: Dinomaly,

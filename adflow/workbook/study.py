@@ -29,7 +29,7 @@ from .params import load
 # %% auto #0
 __all__ = ['REQUIRED', 'NAMES', 'MAKERS', 'Study', 'run_saved']
 
-# %% ../../nbs/workbook/94_study.ipynb #6e67112b
+# %% ../../nbs/workbook/94_study.ipynb #000d60e7
 REQUIRED = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_size', 'crop', 'interpolation',
             'backbone', 'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector',
             'strategy', 'optimizer', 'lr', 'epochs', 'steps', 'batch_size', 'schedule', 'clip',
@@ -38,6 +38,7 @@ NAMES = REQUIRED + sorted({k for name in DETECTORS for k in DETECTORS.arguments(
 
 MAKERS = {'defects': make_defects, 'faults': make_faults}    # `make` in `pseudo`
 
+# %% ../../nbs/workbook/94_study.ipynb #6e67112b
 class Study:
     "Makes what an experiment needs of its parameters, once and when first asked for."
     def __init__(self,

@@ -122,6 +122,27 @@ def test_severity_rises_with_the_fault():
     found = minimum_detectable(grown.flatten(), s.repeat(30), normal, fpr=.02)
     assert .1 <= found < 2
 
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    "Head, its optimizer state and the draws of faults included."
+    x = normals(16)
+    f = faults(x)
+    def learner(folder):
+        trainer = Trainer(epochs=4, batch_size=8, lr=3e-3, clip=.1, optimizer='stable_adamw', progress=False,
+                          checkpoint_seconds=0)
+        d = Dinomaly(16, GRID, **SMALL, severity={'name': 'head', 'eta': .3})
+        return Learner(d, ROUTERS.build('oracle'), trainer, x, folder, defects=f)
+    tasks = make_tasks(['plate', 'screw'], 'joint')
+    whole = list(learner(tmp_path / 'whole').stages(tasks))[-1].digests
+    step, seen = Trainer.step, []
+    def killed(self, *args, **kw):
+        seen.append(1)
+        if len(seen) == 7: raise KeyboardInterrupt
+        return step(self, *args, **kw)
+    monkeypatch.setattr(Trainer, 'step', killed)
+    with pytest.raises(KeyboardInterrupt): list(learner(tmp_path / 'cut').stages(tasks))
+    monkeypatch.setattr(Trainer, 'step', step)
+    assert list(learner(tmp_path / 'cut').stages(tasks))[-1].digests == whole
+
 @pytest.mark.parametrize('args', [dict(detach=False), dict(eta=.5), dict(pool='attention', weight=(0., 1.))], ids=str)
 def test_other_settings_train(args):
     x = normals(8)

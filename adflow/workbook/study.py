@@ -23,20 +23,22 @@ from ..features.pseudo import make_defects
 from ..features.severity import make_faults
 from ..flow import moleflow  # noqa: F401  registers its detector
 from ..memory import patchcore  # noqa: F401  registers its detectors
-from ..parts import DETECTORS, PartError
+from ..parts import DETECTORS, PartError, nearest
 from .params import load
 
 # %% auto #0
-__all__ = ['REQUIRED', 'NAMES', 'Study', 'run_saved']
+__all__ = ['REQUIRED', 'NAMES', 'MAKERS', 'Study', 'run_saved']
 
-# %% ../../nbs/workbook/94_study.ipynb #6e67112b
+# %% ../../nbs/workbook/94_study.ipynb #000d60e7
 REQUIRED = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_size', 'crop', 'interpolation',
             'backbone', 'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector',
             'strategy', 'optimizer', 'lr', 'epochs', 'steps', 'batch_size', 'schedule', 'clip',
             'precision', 'router', 'aggregate', 'smoothing', 'seed', 'device', 'checkpoint_seconds']
 NAMES = REQUIRED + sorted({k for name in DETECTORS for k in DETECTORS.arguments(name)})
 
-# %% ../../nbs/workbook/94_study.ipynb #7781df5e
+MAKERS = {'defects': make_defects, 'faults': make_faults}    # `make` in `pseudo`
+
+# %% ../../nbs/workbook/94_study.ipynb #6e67112b
 class Study:
     "Makes what an experiment needs of its parameters, once and when first asked for."
     def __init__(self,
@@ -67,9 +69,12 @@ class Study:
 
     @cached_property
     def defects(self):
-        "Synthetic defects, None unless `pseudo` asks for them."
-        if (args := self.p.pseudo) is None: return None
-        return make_defects(self.features, **dict(seed=self.p.seed, progress=self.progress) | args)
+        "Synthetic defects, None unless `pseudo` asks for them: painted ones, or {make: faults} with a severity."
+        if self.p.pseudo is None: return None
+        args = dict(seed=self.p.seed, progress=self.progress, make='defects') | self.p.pseudo
+        if (make := args.pop('make')) not in MAKERS:
+            raise PartError(f"pseudo: make: '{make}' is not known.{nearest(make, MAKERS)}")
+        return MAKERS[make](self.features, **args)
 
     @cached_property
     def tasks(self):

@@ -16,6 +16,7 @@ from .losses import RECONSTRUCTION
 from .network import LayerTokens, Reconstructor
 from .severity import SEVERITY, OwnHead, error_maps, severity_loss
 from ..flow.losses import ever, weight_at
+from ..features.augment import AUGMENT
 from ..parts import DETECTORS, Detector, PartError, TaskModule, add_task, nearest, use_task
 
 # %% auto #0
@@ -84,6 +85,7 @@ class Dinomaly(Detector):
         drop_at: Literal['input', 'bottleneck', 'blocks'] = 'input', # before or after the bottleneck, or before blocks
         reconstruction: dict | None = None,    # name → arguments of the losses; None: Dinomaly's
         severity: str | dict = 'none',         # what says how bad it is; head: needs faulty copies (pseudo)
+        augment: str | dict = 'none',    # changes images before the backbone; stn cannot learn here
         seed: int = 0,                   # of all weights
     ):
         settings = {k: v for k, v in locals().items() if k not in ('self', '__class__')} | {'grid': list(grid)}
@@ -109,6 +111,9 @@ class Dinomaly(Detector):
         head = SEVERITY.build(severity, groups=groups, generator=torch.Generator().manual_seed(seed))
         self.heads = head if head is None or models == 'all' else OwnHead(severity, groups)
         self.faulty = head and head.ratio    # how probable it is that an image of a batch brings faulty copies
+        self.augment = AUGMENT.build(augment)
+        if hasattr(self.augment, 'penalty'):
+            raise PartError('augment: stn would learn to make images easy to rebuild; use rotation, or none.')
 
     @property
     def net(self) -> Net:

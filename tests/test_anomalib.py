@@ -92,7 +92,7 @@ for model, more in args.items():
     a, b = (run_anomalib(model, images, progress=False, **more) for _ in range(2))
     assert torch.equal(a.maps, b.maps) and torch.equal(a.scores, b.scores), f'{model}: two runs differ'
     assert state() == before, f'{model} left a trace'
-    if model != 'patchcore':
+    if model == 'fastflow':
         c = run_anomalib(model, images, progress=False, seed=1, **more)
         assert not torch.equal(a.maps, c.maps), f'{model}: the seed does nothing'
     a.table.to_json(f'{out}/{model}.json', orient='records')

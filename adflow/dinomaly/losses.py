@@ -200,4 +200,4 @@ class Reconstructions(nn.Module):
         return sum(weight_at(self.parts[k].weight, progress) * v for k, v in values.items()), \
             {k: v.detach() for k, v in values.items()}
 
-RECONSTRUCTION.total = Reconstructions
+RECONSTRUCTION.total, RECONSTRUCTION.example = Reconstructions, '{global_cosine: {weight: 1.0}}'

@@ -55,6 +55,7 @@ def need(
 class Losses(Registry):
     "Losses add up: YAML holds a mapping of names, checked by building it; `build` makes one loss of it."
     total = None                      # what adds the losses of a mapping up
+    example = '{nll: {}, tail: {weight: 0.7}}'
     def check(self,
         spec,                         # {name: {argument: value}}; a number is the weight; None or False: left out
     ) -> dict:                        # the spec
@@ -67,8 +68,8 @@ class Losses(Registry):
     ) -> nn.Module:                   # their weighted sum
         "The losses that stand in the YAML, added up."
         if not isinstance(spec, dict) or not spec or 'name' in spec:
-            raise PartError(f'{self.kind} is a mapping of names, such as {{{next(iter(self))}: {{}}}} with arguments '
-                            f'inside; got {spec!r}.{nearest("", self)}')
+            raise PartError(f'{self.kind} is a mapping of names, such as {self.example}; '
+                            f'got {spec!r}.{nearest("", self)}')
         parts = {}
         for name, args in spec.items():
             if args is None or args is False: continue

@@ -49,6 +49,8 @@ def _decode(path):
         with tifffile.TiffFile(path) as f: a = f.series[0].asarray()  # channels may be pages
         return np.moveaxis(a, 0, -1) if a.ndim == 3 and a.shape[0] in (3, 4) and a.shape[2] not in (3, 4) else a
     with Image.open(path) as im:
+        if im.format == 'PNG': im.verify()           # else damage inside may be read as black rows, without a word
+    with Image.open(path) as im:
         if im.mode in ('1', 'LA', 'La'): im = im.convert('L')
         elif im.mode in ('P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'RGBA', 'RGBa', 'RGBX'): im = im.convert('RGB')
         a = np.array(im)

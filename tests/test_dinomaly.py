@@ -131,7 +131,7 @@ def test_a_stage_of_dinomaly_is_evaluated_as_any_other():
 # ------------------------------------------------------------------------------------------ every mixer and dropout
 ABLATION = sorted((Path(__file__).parents[1] / 'params/dinomaly').glob('**/*.yaml'))
 
-@pytest.mark.parametrize('file', ABLATION, ids=[f.stem for f in ABLATION])
+@pytest.mark.parametrize('file', ABLATION, ids=[f'{f.parent.name}-{f.stem}' for f in ABLATION])
 def test_every_parameter_file_builds_and_learns(file):
     "On a small grid of tokens, with the parts that the file names."
     values = load(file).values

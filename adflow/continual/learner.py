@@ -211,7 +211,7 @@ def fit(self: Trainer, detector, task: Task, features):
             rate = self.lr * self.schedule(step, steps, per_epoch, task.index)
             for g in opt.param_groups: g['lr'] = rate * g['factor']
             g = torch.Generator().manual_seed(step_seed(self.seed, task.index, epoch, n))
-            x = draw(features, at, getattr(detector, 'augment', None), g, getattr(detector, 'specials', False))
+            x = draw(features, at, detector, g)
             images = features.index['image'].iloc[at] if 'image' in features.index else at
             state['logs'].append(self.step(
                 detector, opt, params, x, group, where, list(images), generator=g, step=step, progress=step / steps,

@@ -105,8 +105,7 @@ class TwoStage(Router):
 
     def statistics(self, features, rows, group, detector) -> Tensor:
         "(n,) float64: what some images look like to a group of adapters."
-        special = getattr(detector, 'specials', False)
-        out = [detector.score(draw(features, rows[i:i + 16], special=special), group).flatten(1).double().cpu()
+        out = [detector.score(draw(features, rows[i:i + 16], detector), group).flatten(1).double().cpu()
                for i in range(0, len(rows), 16)]
         out = torch.cat(out) if out else torch.zeros(0, 1).double()
         return out.median(1).values if self.statistic == 'median' else out.mean(1)

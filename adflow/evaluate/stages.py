@@ -36,8 +36,7 @@ def score_maps(
         rows = np.flatnonzero(groups == group)
         for i in range(0, len(rows), batch_size):
             part = rows[i:i + batch_size]
-            special = getattr(detector, 'specials', False)
-            maps = detector.score(draw(features, part, augment, special=special), group).float()
+            maps = detector.score(draw(features, part, detector), group).float()
             out[part] = (augment.restore(maps) if hasattr(augment, 'restore') else maps).cpu()
     if not torch.isfinite(out).all():
         bad = features.index['image'].iloc[int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])]

@@ -118,11 +118,11 @@ class STN(nn.Module):
 def draw(
     features: FeatureSet,
     rows,                                   # positions
-    augment: nn.Module | None = None,       # a part of `AUGMENT`
+    detector=None,                          # whose `augment` and `specials` say what it wants; None: plain patches
     generator: torch.Generator | None = None, # of this step; None: a test image
-    special: bool = False,                  # CLS and registers too, as one sequence of tokens
 ) -> Tensor:                                # (b, H, W, D) or (b, S + H·W, D), with a gradient where augmentation learns
-    "The features of some images, augmented if need be."
+    "The features of some images as a detector wants them: augmented, with special tokens, or plain."
+    augment, special = getattr(detector, 'augment', None), getattr(detector, 'specials', False)
     if augment is None or not augment.live(generator is not None):
         return features.tokens(rows) if special else features.batch(rows)
     if features.preprocess is None or features.backbone is None:

@@ -124,7 +124,7 @@ def heatmaps(
             if mark is not None:
                 fig.add_scatter(x=[mark[1]], y=[mark[0]], mode='markers', showlegend=False, hoverinfo='skip',
                                 marker=dict(symbol='x', size=9, color=BAD), **at)
-    fig.update_xaxes(visible=False).update_yaxes(visible=False, autorange='reversed', scaleanchor='x')
+    fig.update_xaxes(visible=False).update_yaxes(visible=False, autorange='reversed')
     for i in range(n): fig.update_yaxes(scaleanchor=f'x{i + 1 if i else ""}', row=i // columns + 1, col=i % columns + 1)
     return _finish(fig, title, 40 * bool(title) + 210 * rows, width=210 * columns + 60,
                    margin=dict(l=10, r=10, t=40 + 30 * bool(title), b=10))

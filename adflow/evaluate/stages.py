@@ -174,3 +174,20 @@ def by_kind(self: StageEvaluator,
             rows.append({'stage': stage.index, 'class': c, 'kind': kind, 'n': len(part),
                          **evaluate_class(maps, masks, labels, size=masks.shape[-2:], **parts)})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/evaluate/73_stages.ipynb #91b18164
+@patch
+def image_table(self: StageEvaluator,
+    stage,                     # of a learner
+    features=None,             # FeatureSet; None: the test images and the held-out normals of the classes seen so far
+) -> pd.DataFrame:             # the columns of the index; group, score, peak_row, peak_column (patch) by own adapters
+    "One row per image."
+    rows, known = [], self.features.where(split=['test', 'validation']) if features is None else features
+    for task, c in [(t, c) for t in stage.tasks for c in t.classes]:
+        part, group = known.where(**{'class': c}), stage.detector.group_of(task.name, c)
+        if not len(part): continue
+        maps = score_maps(stage.detector, part, [group] * len(part), self.batch_size)
+        row, column = np.unravel_index(maps.flatten(1).argmax(1).numpy(), tuple(maps.shape[1:]))
+        score = self.parts_of(stage, group)[1]['aggregate'](maps).numpy()
+        rows.append(part.index.reset_index(drop=True).assign(group=group, score=score, peak_row=row, peak_column=column))
+    return pd.concat(rows, ignore_index=True)

@@ -17,12 +17,13 @@ from ..continual.routing import ROUTERS
 from ..continual.tasks import make_tasks
 from ..data.datasets import open_dataset
 from ..evaluate.stages import StageEvaluator
+from ..features.changes import change_images
 from ..features.ensemble import extract_mixed
-from ..dinomaly import model  # noqa: F401  registers its detector
+from ..dinomaly import discriminative, model  # noqa: F401  register their detectors
 from ..features.pseudo import make_defects
 from ..features.severity import make_faults
 from ..flow import moleflow  # noqa: F401  registers its detector
-from ..memory import patchcore  # noqa: F401  registers its detectors
+from ..memory import patchcore, profiles  # noqa: F401  they register their detectors
 from ..parts import DETECTORS, PartError, nearest
 from .params import load
 
@@ -104,6 +105,14 @@ class Study:
         "Faults of known direction and severity, painted on the normal test images; the same for every seed of a study."
         return make_faults(self.features, **dict(splits=('test',), levels=1, progress=self.progress) | args)
 
+    def image_table(self, stage, changes: dict) -> pd.DataFrame:
+        "A row per test image and held-out normal (`change`: ''), and per test image as each named change makes it."
+        table = [self.evaluator.image_table(stage).assign(change='')]
+        for name, spec in changes.items():
+            made = change_images(self.features, spec, seed=self.p.seed, progress=self.progress)
+            table.append(self.evaluator.image_table(stage, made).assign(change=name))
+        return pd.concat(table, ignore_index=True)
+
     def run(self) -> pd.DataFrame:
         "Learns all tasks and evaluates after each: the rows of the R matrix."
         return pd.concat([self.evaluator(s) for s in self.learner.stages(self.tasks)], ignore_index=True)
@@ -116,6 +125,7 @@ def run_saved(
     sets=(),                   # 'a.b=value' texts on top
     threads: int | None = 1,   # of torch; None: as it is
     faults: dict | None = None, # also a `…-faults.parquet`: by kind of faults painted with these arguments
+    changes: dict | None = None, # also a `…-images.parquet`: a row per image as it is and, by name, as these change it
 ) -> dict:                     # what stands in the JSON beside the rows
     "One parameter file, one seed: `<name>-seed<seed>.parquet` with the rows, `.json` with cost and parameters' hash."
     if threads: torch.set_num_threads(threads)
@@ -124,14 +134,16 @@ def run_saved(
     to.mkdir(parents=True, exist_ok=True)
     rows, about = (to/f'{params.name}-seed{seed}.{s}' for s in ('parquet', 'json'))
     old = json.loads(about.read_text()) if about.is_file() else {}
-    if old.get('hash') == params.hash and old.get('faults') == faults and not old['error']: return old
-    info = dict(name=params.name, seed=seed, hash=params.hash, faults=faults, error=None)
+    asked = dict(hash=params.hash, faults=faults, changes=changes)
+    if old and {k: old.get(k) for k in asked} == asked and not old['error']: return old
+    info = dict(name=params.name, seed=seed, **asked, error=None)
     start, cpu = time.time(), time.process_time()
     try:
         study = Study(progress=False, **params.values)
         tables = {rows: study.run()}
+        last = SimpleNamespace(tasks=study.tasks, detector=study.learner.detector, index=len(study.tasks) - 1)
+        if changes is not None: tables[rows.with_stem(rows.stem + '-images')] = study.image_table(last, changes)
         if faults is not None:
-            last = SimpleNamespace(tasks=study.tasks, detector=study.learner.detector, index=len(study.tasks) - 1)
             tables[rows.with_stem(rows.stem + '-faults')] = study.evaluator.by_kind(last, study.faults(**faults))
         for path, table in tables.items():
             table.to_parquet(temporary := path.with_suffix('.new'))

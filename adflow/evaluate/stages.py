@@ -189,5 +189,6 @@ def image_table(self: StageEvaluator,
         maps = score_maps(stage.detector, part, [group] * len(part), self.batch_size)
         row, column = np.unravel_index(maps.flatten(1).argmax(1).numpy(), tuple(maps.shape[1:]))
         score = self.parts_of(stage, group)[1]['aggregate'](maps).numpy()
-        rows.append(part.index.reset_index(drop=True).assign(group=group, score=score, peak_row=row, peak_column=column))
+        rows.append(part.index.reset_index(drop=True).assign(group=group, score=score,
+                                                             peak_row=row, peak_column=column))
     return pd.concat(rows, ignore_index=True)

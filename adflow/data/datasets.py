@@ -17,12 +17,13 @@ from .preprocess import BadFile, Preprocess, image_size
 from ..parts import Registry, nearest
 
 # %% auto #0
-__all__ = ['COLUMNS', 'DATASETS', 'MVTEC', 'VISA', 'MPDD', 'DataError', 'DataWarning', 'Listing', 'mvtec_tree',
+__all__ = ['COLUMNS', 'SPLITS', 'DATASETS', 'MVTEC', 'VISA', 'MPDD', 'DataError', 'DataWarning', 'Listing', 'mvtec_tree',
            'choose_from_known', 'folder', 'mvtec', 'mpdd', 'visa', 'ImageSet', 'check_files', 'check_classes',
            'hold_out', 'open_dataset']
 
 # %% ../../nbs/data/02_datasets.ipynb #4e45d1c7
 COLUMNS = ['class', 'split', 'kind', 'label', 'image', 'mask', 'severity']
+SPLITS = ('train', 'validation', 'test', 'control')
 _SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'}
 DATASETS = Registry('dataset', 'where the images come from', context=('root', 'classes'))
 
@@ -37,9 +38,10 @@ class Listing:
     "What a reader found."
     root: Path                                    # what paths are relative to
     classes: list                                 # in the order asked for, else the dataset's own
-    rows: list                                    # dicts with the keys `COLUMNS`
+    rows: list                                    # dicts with the keys `COLUMNS`, and perhaps more
     counts: dict = field(default_factory=dict)    # class → (train, test) as published
     bad: list = field(default_factory=list)       # {'file', 'reason'}: images that cannot be used
+    scale: dict = field(default_factory=dict)     # class → (folder, what its pixels are divided by)
 
 # %% ../../nbs/data/02_datasets.ipynb #e65040ba
 def _natural(path): return [int(s) if s.isdigit() else s for s in re.split(r'(\d+)', path.name)]
@@ -55,22 +57,24 @@ def _kinds(folder):
 def _class_rows(
     folder: Path,        # of one class, in the MVTec layout
     name: str,           # of the class
+    masks: bool = True,  # whether every defect image must have one
 ) -> tuple[list, list]:  # rows, and the bad ones
     "Lists one class."
     rows, bad = [], []
-    for split in ('train', 'validation', 'test'):
+    for split in SPLITS:
         for kind in _kinds(folder/split):
-            if split != 'test' and kind != 'good':
+            if split in SPLITS[:2] and kind != 'good':
                 warnings.warn(f'{folder/split/kind}: ignored; only {split}/good is read', DataWarning, stacklevel=2)
                 continue
-            masks = {p.stem: p for p in _files(folder/'ground_truth'/kind)}
+            known = {p.stem: p for p in _files(folder/'ground_truth'/kind)}
             for p in _files(folder/split/kind):
-                mask = None if kind == 'good' else masks.get(p.stem + '_mask', masks.get(p.stem))
-                if kind != 'good' and mask is None:
+                bad_one = split == 'test' and kind != 'good'
+                mask = known.get(p.stem + '_mask', known.get(p.stem)) if bad_one else None
+                if bad_one and masks and mask is None:
                     why = f'no mask: there is neither {p.stem}_mask.* nor {p.stem}.* in {folder/"ground_truth"/kind}'
                     bad.append({'file': str(p), 'reason': why})
                     continue
-                rows.append({'class': name, 'split': split, 'kind': kind, 'label': int(kind != 'good'), 'image': str(p),
+                rows.append({'class': name, 'split': split, 'kind': kind, 'label': int(bad_one), 'image': str(p),
                              'mask': None if mask is None else str(mask), 'severity': np.nan})
     return rows, bad
 
@@ -78,14 +82,21 @@ def mvtec_tree(
     root: Path,
     folders: dict,              # class → its folder
     counts: dict | None = None,
+    masks: bool = True,         # whether every defect image must have one
 ) -> Listing:
-    "Lists several classes, and joins their severities."
+    "Lists several classes, and joins their severities and what stands in their `index.csv`."
     rows, bad = [], []
     for name, folder in folders.items():
-        r, b = _class_rows(folder, name)
+        r, b = _class_rows(folder, name, masks)
         if (folder/'severity.csv').is_file():
             severity = pd.read_csv(folder/'severity.csv').set_index('image')['severity'].to_dict()
             for x in r: x['severity'] = severity.get(Path(x['image']).relative_to(folder).as_posix(), np.nan)
+        if (folder/'index.csv').is_file():
+            more = pd.read_csv(folder/'index.csv', keep_default_na=False, na_values={'severity': ['']})
+            if taken := {'class', 'split', 'kind', 'label', 'mask'} & set(more.columns):
+                raise DataError(f'{folder}/index.csv: the columns {sorted(taken)} come from the folders; rename them')
+            more = more.drop_duplicates('image').set_index('image').to_dict('index')
+            for x in r: x.update(more.get(Path(x['image']).relative_to(folder).as_posix(), {}))
         rows += r; bad += b
     return Listing(root, list(folders), rows, counts or {}, bad)
 
@@ -172,8 +183,9 @@ class ImageSet:
     name: str                                      # of the dataset
     root: Path                                     # what the paths in the fingerprint are relative to
     classes: list                                  # in order
-    index: pd.DataFrame                            # columns `COLUMNS`, rows 0…n-1
+    index: pd.DataFrame                            # columns `COLUMNS` and perhaps more, rows 0…n-1
     skipped: list = field(default_factory=list)    # {'file', 'reason'}
+    scale: dict = field(default_factory=dict)      # class → (folder, what its pixels are divided by)
 
     def __len__(self): return len(self.index)
     def __repr__(self):
@@ -189,6 +201,13 @@ class ImageSet:
             keep &= self.index[k].isin([v] if v is None or np.isscalar(v) else list(v)).to_numpy()
         index = self.index[keep].reset_index(drop=True)
         return replace(self, index=index, classes=[c for c in self.classes if c in set(index['class'])])
+
+    def scaled(self,
+        preprocess: Preprocess,
+    ) -> Preprocess:
+        "The preprocessing, with the fixed scales of these classes if the dataset has any."
+        scale = tuple(self.scale[c] for c in self.classes if c in self.scale)
+        return replace(preprocess, scale=scale) if scale else preprocess
 
     def counts(self) -> pd.DataFrame:
         "One row per class: how many images to train, validate and test on."
@@ -293,10 +312,11 @@ def open_dataset(
         if on_bad == 'raise':
             raise DataError(f'{where}: {len(bad)} bad files. Mend them, or leave them out with on_bad: skip.{said}')
         warnings.warn(f'{where}: {len(bad)} images skipped.{said}', DataWarning, stacklevel=2)
-    index = pd.DataFrame(rows, columns=COLUMNS).astype({'label': int, 'severity': float, 'mask': object})
+    more = dict.fromkeys(k for r in rows for k in r if k not in COLUMNS)
+    index = pd.DataFrame(rows, columns=[*COLUMNS, *more]).astype({'label': int, 'severity': float, 'mask': object})
     index['mask'] = index['mask'].where(index['mask'].notna(), None)
     check_classes(index, found.classes, found.counts, where)
     hold_out(index, validation, seed)
-    order = index['class'].map(found.classes.index) * 3 + index['split'].map(['train', 'validation', 'test'].index)
+    order = index['class'].map(found.classes.index) * len(SPLITS) + index['split'].map(SPLITS.index)
     index = index.iloc[np.argsort(order, kind='stable')].reset_index(drop=True)
-    return ImageSet(name, found.root, found.classes, index, bad)
+    return ImageSet(name, found.root, found.classes, index, bad, found.scale)

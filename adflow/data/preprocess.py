@@ -112,6 +112,7 @@ def _check_settings(p):
         raise ValueError(f"interpolation='{p.interpolation}': choose one of {', '.join(_FILTERS)}")
     if p.mask_interpolation not in ('nearest', 'area', 'any'):
         raise ValueError(f"mask_interpolation='{p.mask_interpolation}': choose nearest, area or any")
+    if any(not 0 < s < np.inf for _, s in p.scale): raise ValueError(f'scale={p.scale}: give numbers above 0')
     if p.crop is not None and (p.crop <= 0 or 1 < p.crop < min(p.size)):
         raise ValueError(f'crop={p.crop}: give a share up to 1, or the shorter side before the crop, '
                          f'at least {min(p.size)}')
@@ -126,10 +127,13 @@ class Preprocess:
     mean: tuple = (127/255,) * 3            # of the backbone's training (EfficientNet-Lite: 127/255; most: ImageNet's)
     std: tuple = (128/255,) * 3
     mask_interpolation: str = 'nearest'     # nearest, area (more than half is defect), any
+    scale: tuple = ()                       # ((folder, divisor), …): files below a folder are divided by its number
 
     def __post_init__(self):
         size = (self.size,) * 2 if isinstance(self.size, int) else tuple(int(s) for s in self.size)
-        for k, v in dict(size=size, mean=tuple(map(float, self.mean)), std=tuple(map(float, self.std))).items():
+        mean, std = (tuple(map(float, v)) for v in (self.mean, self.std))
+        scale = tuple((str(f), float(s)) for f, s in self.scale)
+        for k, v in dict(size=size, mean=mean, std=std, scale=scale).items():
             object.__setattr__(self, k, v)
         _check_settings(self)
 
@@ -144,9 +148,14 @@ class Preprocess:
             raise ValueError(f'crop={self.crop} with size={self.size} needs more than {height}×{width} pixels')
         return (height - h) / 2, (width - w) / 2, (height + h) / 2, (width + w) / 2
 
+    def divisor(self, path) -> float:
+        "What the values of a file are divided by: the number of its folder, else 1."
+        return next((s for folder, s in self.scale if Path(path).is_relative_to(folder)), 1.)
+
     def pixels(self, path) -> np.ndarray:   # (h, w, 3) float32, not normalized, for pictures
         "The image as people see it, in the geometry of the tensors."
         a = read_image(path)
+        if (d := self.divisor(path)) != 1: a = a / np.float32(d)
         grey = (a[..., :1] == a).all()
         box, channels = self.box(*a.shape[:2]), range(1 if grey else 3)
         out = [_resize(a[..., c], self.size, box, self.interpolation) for c in channels]
@@ -183,8 +192,9 @@ class Preprocess:
         return lost
 
     def describe(self) -> dict:
-        "All settings, ready for JSON."
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+        "All settings, ready for JSON; of a scale, if there is one, the names of the folders, wherever they lie."
+        out = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != 'scale'}
+        return out | ({'scale': [[Path(f).name, s] for f, s in self.scale]} if self.scale else {})
 
 # %% ../../nbs/data/01_preprocess.ipynb #e2cc6fdc
 def read_mask(

@@ -14,11 +14,11 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..parts import PartError, Registry
+from ..parts import PartError, Registry, nearest
 
 # %% auto #0
-__all__ = ['SMOOTHING', 'as_tensor', 'as_scores', 'smooth', 'Smoothings', 'Gaussian', 'Upsampling', 'MultiSigma', 'Adaptive',
-           'average_precision', 'Chosen', 'LearnedUpsampling']
+__all__ = ['BORDERS', 'SMOOTHING', 'as_tensor', 'as_scores', 'smooth', 'Smoothings', 'Gaussian', 'Upsampling', 'MultiSigma',
+           'Adaptive', 'average_precision', 'Chosen', 'LearnedUpsampling']
 
 # %% ../../nbs/evaluate/69_smoothing.ipynb #491d520b
 def as_tensor(
@@ -48,21 +48,30 @@ def as_scores(
     return x
 
 # %% ../../nbs/evaluate/69_smoothing.ipynb #0dd94e7d
+BORDERS = ('reflect', 'circular')
+
 @lru_cache(maxsize=128)
-def _axis_matrix(patches: int, pixels: int, sigma: float, align_corners: bool) -> Tensor:
+def _axis_matrix(patches: int, pixels: int, sigma: float, align_corners: bool, border: str = 'reflect') -> Tensor:
     "(pixels, patches) float64: bilinear interpolation, then the Gaussian, along one axis."
-    unit = torch.eye(patches, dtype=torch.float64)[None]
-    up = F.interpolate(unit, pixels, mode='linear', align_corners=align_corners)[0].T.numpy()
-    return torch.from_numpy(gaussian_filter1d(up, sigma, axis=0, mode='reflect', truncate=4.) if sigma else up.copy())
+    unit, round_ = torch.eye(patches, dtype=torch.float64)[None], border == 'circular'
+    if round_: unit = torch.cat([unit] * 3, -1)        # one turn before and one after, cut off again
+    up = F.interpolate(unit, pixels * unit.shape[-1] // patches, mode='linear', align_corners=align_corners)[0].T
+    up = (up[pixels:2 * pixels] if round_ else up).numpy()
+    mode = 'wrap' if round_ else 'reflect'
+    return torch.from_numpy(gaussian_filter1d(up, sigma, axis=0, mode=mode, truncate=4.) if sigma else up.copy())
 
 def smooth(
     maps: Tensor,                   # (N, H, W)
     size: tuple,                    # (h, w) of the result
     sigma: float,                   # of the Gaussian, in pixels of the result; 0: none
     align_corners: bool = False,    # True: as the origin, up to half a patch off at the borders
+    border: str = 'reflect',        # or 'circular': both axes close, as on an HDMap
 ) -> Tensor:                        # (N, h, w), dtype and device of the maps
     "Bilinear upsampling, then a Gaussian."
-    rows, cols = (_axis_matrix(n, m, float(sigma), align_corners).to(maps.device) for n, m in zip(maps.shape[1:], size))
+    if border not in BORDERS: raise PartError(f"smoothing: border '{border}' is not known.{nearest(border, BORDERS)}")
+    if border == 'circular' and align_corners: raise PartError('smoothing: a circle has no corners to align.')
+    rows, cols = (_axis_matrix(n, m, float(sigma), align_corners, border).to(maps.device)
+                  for n, m in zip(maps.shape[1:], size))
     out = maps.new_empty(len(maps), *size)
     for i in range(0, len(maps), 64): out[i:i + 64] = rows @ (maps[i:i + 64].double() @ cols.T)
     return out
@@ -92,14 +101,18 @@ class Gaussian:
     def __init__(self,
         sigma: float = 4.,          # in pixels of the result; 0: none
         align_corners: bool = False,
+        border: Literal['reflect', 'circular'] = 'reflect', # circular: both axes close
     ):
-        (self.sigma,), self.align_corners = _sigmas('gaussian', sigma), align_corners
-    def __call__(self, maps, size): return smooth(maps, size, self.sigma, self.align_corners)
+        (self.sigma,), self.align_corners, self.border = _sigmas('gaussian', sigma), align_corners, border
+    def __call__(self, maps, size): return smooth(maps, size, self.sigma, self.align_corners, self.border)
 
 @SMOOTHING.register('none')
 class Upsampling(Gaussian):
     "Bilinear upsampling and nothing else."
-    def __init__(self, align_corners: bool = False): super().__init__(0., align_corners)
+    def __init__(self,
+        align_corners: bool = False,
+        border: Literal['reflect', 'circular'] = 'reflect', # circular: both axes close
+    ): super().__init__(0., align_corners, border)
 
 @SMOOTHING.register('multi_sigma')
 class MultiSigma:
@@ -110,14 +123,16 @@ class MultiSigma:
         weights: list[float] | None = None,     # of the mean, made to sum to 1; None: all the same
         reduce: Literal['mean', 'max'] = 'mean', # over the Gaussians
         align_corners: bool = False,
+        border: Literal['reflect', 'circular'] = 'reflect', # circular: both axes close
     ):
-        self.sigmas, self.reduce, self.align_corners = _sigmas('multi_sigma', *sigmas), reduce, align_corners
+        self.sigmas, self.reduce = _sigmas('multi_sigma', *sigmas), reduce
+        self.align_corners, self.border = align_corners, border
         w = np.ones(len(sigmas)) if weights is None else np.asarray(weights, float)
         if len(w) != len(sigmas) or not (w >= 0).all() or not w.sum():
             raise PartError(f"smoothing 'multi_sigma': weights={weights} for {len(sigmas)} sigmas: as many, none < 0.")
         self.weights = (w / w.sum()).tolist()
     def __call__(self, maps, size):
-        each = [smooth(maps, size, s, self.align_corners) for s in self.sigmas]
+        each = [smooth(maps, size, s, self.align_corners, self.border) for s in self.sigmas]
         return torch.stack(each).amax(0) if self.reduce == 'max' else sum(w * m for w, m in zip(self.weights, each))
 
 # %% ../../nbs/evaluate/69_smoothing.ipynb #1180557f
@@ -129,13 +144,15 @@ class Adaptive:
         fine: float = 2.,           # σ around defects, in pixels
         coarse: float = 8.,         # σ on the background, and of the neighbourhood in which contrast is measured
         align_corners: bool = False,
+        border: Literal['reflect', 'circular'] = 'reflect', # circular: both axes close
     ):
         (self.fine, self.coarse), self.align_corners = _sigmas('adaptive', fine, coarse), align_corners
+        self.border = border
         if fine >= coarse: raise PartError(f"smoothing 'adaptive': fine={fine} must be below coarse={coarse}.")
     def __call__(self, maps, size):
-        low = smooth(maps, size, self.coarse, self.align_corners)
-        detail = smooth(maps, size, self.fine, self.align_corners) - low
-        energy = smooth(detail.square(), size, self.coarse)
+        low = smooth(maps, size, self.coarse, self.align_corners, self.border)
+        detail = smooth(maps, size, self.fine, self.align_corners, self.border) - low
+        energy = smooth(detail.square(), size, self.coarse, border=self.border)
         usual = energy.mean((1, 2), keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
         return low + energy / (energy + usual) * detail
 
@@ -165,17 +182,19 @@ class Chosen:
     def __init__(self,
         sigmas: list[float] = (4., 0., 1., 2., 3., 6., 8., 12.),   # candidates; the first of equals wins
         align_corners: bool = False,
+        border: Literal['reflect', 'circular'] = 'reflect', # circular: both axes close
     ):
         self.sigmas, self.align_corners, self.sigma = _sigmas('chosen', *sigmas), align_corners, None
+        self.border = border
     def fit(self, maps, masks):
         maps, masks = _fit_maps('chosen', maps, masks)
-        self.table = {s: average_precision(smooth(maps, masks.shape[1:], s, self.align_corners), masks)
+        self.table = {s: average_precision(smooth(maps, masks.shape[1:], s, self.align_corners, self.border), masks)
                       for s in self.sigmas}
         self.sigma = max(self.table, key=self.table.get)
         return self
     def __call__(self, maps, size):
         if self.sigma is None: raise PartError("smoothing 'chosen' was not fitted: call fit(maps, masks) first.")
-        return smooth(maps, size, self.sigma, self.align_corners)
+        return smooth(maps, size, self.sigma, self.align_corners, self.border)
 
 # %% ../../nbs/evaluate/69_smoothing.ipynb #1c0c3670
 class _Reflected(nn.Conv2d):

@@ -19,10 +19,10 @@ from .weights import create_network, weight_hash
 from ..parts import PartError, Registry, nearest
 
 # %% auto #0
-__all__ = ['PRESETS', 'BACKBONES', 'pooling_weight', 'PatchPool', 'preset', 'is_vit', 'Backbone', 'Backbones']
+__all__ = ['PRESETS', 'BACKBONES', 'pooling_weight', 'PatchPool', 'preset', 'is_vit', 'Backbone', 'Backbones', 'Cells']
 
 # %% ../../nbs/features/11_backbone.ipynb #b82c0d3c
-_POOLS, _BORDERS, _COMBINES = ('unfold', 'average', 'none'), ('reflect', 'zero'), ('mean', 'concat')
+_POOLS, _BORDERS, _COMBINES = ('unfold', 'average', 'none'), ('reflect', 'zero', 'circular'), ('mean', 'concat')
 
 def pooling_weight(
     channels: int,      # C of the map
@@ -41,7 +41,7 @@ class PatchPool(nn.Module):
         channels: int,           # C of the map
         dim: int,                # channels after pooling
         pool: str = 'unfold',    # 'unfold' (origin), 'average' (mean of the neighbourhood) or 'none'
-        border: str = 'reflect', # 'reflect', or 'zero' as in the origin
+        border: str = 'reflect', # 'reflect', 'circular' (both axes close), or 'zero' as in the origin
         kernel: int = 3,         # side of the neighbourhood, odd
     ):
         super().__init__()
@@ -103,9 +103,9 @@ class Backbone:
         pool: str | None = None,             # 'unfold', 'average', 'none': see `PatchPool`; None: the preset's
         combine: str | None = None,          # layers: 'mean' (origin) or 'concat'; None: the preset's
         dim: int | str | None = None,        # channels per patch; 'all' keeps every channel; None: the preset's
-        border: str = 'reflect',             # of the neighbourhoods: 'reflect', or 'zero' as in the origin
+        border: str = 'reflect',             # of neighbourhoods and margin: 'reflect', 'circular'; 'zero' as the origin
         kernel: int = 3,                     # side of the neighbourhoods, odd
-        margin: int = 0,                     # CNNs: mirrored pixels around the image, left out of the grid
+        margin: int = 0,                     # CNNs: mirrored (or, circular, continued) pixels around the image
         grid: int | tuple | None = None,     # resample all layers to this grid; None: the finest layer's
         image_size: int | tuple = 224,       # (h, w) or one number for both
         v1_stride: bool = False,             # ResNet weights trained with the v1 stride (Keras)
@@ -179,7 +179,8 @@ def _maps(self: Backbone, images):
     "One `(map (B, C, h, w), special (B, S, C) or None)` per layer; the network runs no further than that."
     kw = dict(indices=self.take, stop_early=True, intermediates_only=True)
     if self.is_vit: kw['return_prefix_tokens'] = True
-    if m := self.settings['margin']: images = F.pad(images, (m,) * 4, mode='reflect')
+    around = 'circular' if self.settings['border'] == 'circular' else 'reflect'
+    if m := self.settings['margin']: images = F.pad(images, (m,) * 4, mode=around)
     maps = [o if isinstance(o, tuple) else (o, None) for o in self.net.forward_intermediates(images, **kw)]
     return [(_inside(o, images.shape[2:], m), s) for o, s in maps] if m else maps
 
@@ -265,3 +266,50 @@ class Backbones(Registry):
         return self[name](**args, **context) if name in self.parts else Backbone(name, **args, **context)
 
 BACKBONES = Backbones('backbone', 'the frozen network: any timm model', context=('name', 'image_size', 'device'))
+
+# %% ../../nbs/features/11_backbone.ipynb #4fad5038
+@BACKBONES.register('cells')
+class Cells:
+    "No network: the amplitude of each cell of a map is its only feature."
+    def __init__(self,
+        grid: int | tuple | None = None,     # (H, W); None: a patch per pixel
+        pool: str = 'area',                  # how larger images are reduced: 'area' (mean) or 'nearest'
+        log: bool = False,                   # the logarithm of the amplitude, which must be above 0
+        image_size: int | tuple = (31, 95),  # (h, w)
+        device: str = 'cpu',
+    ):
+        _one_of('pool', pool, ('area', 'nearest'))
+        size = lambda s: (s,) * 2 if isinstance(s, int) else tuple(int(v) for v in s)
+        self.image_size, self.grid, self.pool, self.log = size(image_size), size(grid or image_size), pool, log
+        self.name, self.weights, self.hash, self.net, self.is_vit = 'cells', 'none', '', None, False
+        self.dim, self.layers, self.special = 1, [1], 0
+        self.to(device)
+
+    def to(self, device):
+        self.device = torch.device(device)
+        return self
+
+    def preprocess(self, **overrides) -> Preprocess:
+        "Amplitudes as they are stored."
+        return Preprocess(**(dict(size=self.image_size, mean=(0.,) * 3, std=(1.,) * 3) | overrides))
+
+    def features(self,
+        images: Tensor,                      # (B, 3, h, w), all channels the same
+    ) -> tuple[Tensor, None]:                # (B, H, W, 1), and no special tokens
+        "The first channel on the grid."
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
+            raise ValueError(f'images are {tuple(images.shape)}, the backbone was built for {self.image_size} pixels: '
+                             'set image_size, or resize in Preprocess.')
+        x = images[:, :1].to(self.device)
+        if self.grid != self.image_size: x = F.interpolate(x, self.grid, mode=self.pool)
+        if self.log and not bool((x > 0).all()): raise ValueError('cells: log of an amplitude that is not above 0.')
+        return (x.log() if self.log else x).permute(0, 2, 3, 1).contiguous(), None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor): return self.features(images)
+
+    def describe(self) -> dict:
+        "What determines the features."
+        return dict(name='cells', weights='none', weights_sha256='', image_size=list(self.image_size), pool=self.pool,
+                    log=self.log, dim=1, special=0, grid=list(self.grid))
+    def __repr__(self): return f'Cells({self.image_size} → {self.grid})'

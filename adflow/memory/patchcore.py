@@ -15,8 +15,8 @@ from ..features.coreset import greedy_coreset
 from ..parts import DETECTORS, Detector, PartError, TaskModule, add_task, nearest
 
 # %% auto #0
-__all__ = ['nearest_members', 'lonely_weights', 'Bank', 'Banks', 'MemoryDetector', 'member_counts', 'PatchCore', 'OneForAll',
-           'PatchCoreJoint', 'SharedCoreset']
+__all__ = ['LINES', 'nearest_members', 'lonely_weights', 'with_lines', 'Bank', 'Banks', 'MemoryDetector', 'member_counts',
+           'PatchCore', 'OneForAll', 'PatchCoreJoint', 'SharedCoreset']
 
 # %% ../../nbs/memory/61_patchcore.ipynb #718a8cd9
 def nearest_members(
@@ -57,6 +57,16 @@ def lonely_weights(
     return -torch.expm1((x - bank[at]).norm(dim=1) - d.logsumexp(1)).clamp(max=0)
 
 # %% ../../nbs/memory/61_patchcore.ipynb #6b2f9970
+LINES = {'none': (), 'row': (2,), 'column': (1,), 'both': (2, 1)}    # over which axes means are taken
+
+def with_lines(
+    features: Tensor,             # (B, H, W, D)
+    lines: str = 'row',           # 'none', 'row', 'column' or 'both'
+) -> Tensor:                      # (B, H, W, D, 2·D or 3·D)
+    "Patches, and beside each the mean over its row and column; on a torus a line has no end, so all its patches count."
+    if lines not in LINES: raise PartError(f"line_context: '{lines}' is not known.{nearest(lines, LINES)}")
+    return torch.cat([features, *(features.mean(a, keepdim=True).expand_as(features) for a in LINES[lines])], -1)
+
 class Bank(nn.Module):
     "What one group keeps: standardized members, and how features are standardized."
     def __init__(self, dim: int):
@@ -81,7 +91,7 @@ class MemoryDetector(Detector):
         self.settings = {k: v for k, v in given.items() if k not in ('self', '__class__')}
         for k, v in self.settings.items(): setattr(self, k, v)
         self.settings['grid'], self.grid = list(self.grid), tuple(self.grid)
-        self.groups, self.banks = {}, Banks(self.dim)
+        self.groups, self.banks = {}, Banks(self.dim * (1 + len(LINES[getattr(self, 'line_context', 'none')])))
         def refuse(what): raise PartError(f'detector {type(self).__name__}: {what}')
         if self.neighbours < 0 or self.neighbours == 1: refuse(f'neighbours={self.neighbours}: 0 is off, or 2 or more.')
         if self.adapters not in ('class', 'task'): refuse(f"adapters must be 'class' or 'task', got {self.adapters!r}.")
@@ -108,7 +118,11 @@ class MemoryDetector(Detector):
             if g not in self.groups: self.groups[g] = add_task(self, self.seed)
         self.banks.to(self.banks.place.device)
         slots = {self.groups[g]: features.where(**{'class': cs}) for g, cs in classes.items()}
-        self.fill({s: self.standardized(s, part.batch(range(len(part))).flatten(0, 2)) for s, part in slots.items()})
+        self.fill({s: self.standardized(s, self.patches(part.batch(range(len(part))))) for s, part in slots.items()})
+
+    def patches(self, features: Tensor) -> Tensor:   # (B, H, W, D) → (B·H·W, D')
+        "What is compared: patches, joined by the means of their lines if that was asked for."
+        return with_lines(features.float(), getattr(self, 'line_context', 'none')).flatten(0, 2)
 
     def standardized(self, slot: int, x: Tensor) -> Tensor:
         bank = self.banks.tasks[slot]
@@ -129,7 +143,7 @@ class MemoryDetector(Detector):
                              'built.')
         banks = [self.banks.tasks[s] for s in self.slots(group)]
         members = torch.cat([b.members for b in banks])
-        x = (features.float().flatten(0, 2) - banks[0].mean) / banks[0].std
+        x = (self.patches(features) - banks[0].mean) / banks[0].std
         d, at = (v[:, 0] for v in nearest_members(x, members))
         if self.neighbours: d = d * lonely_weights(x, members, at, self.neighbours)
         return d.view(features.shape[:-1])
@@ -152,6 +166,7 @@ class PatchCore(MemoryDetector):
         select: Literal['greedy', 'random'] = 'greedy',  # farthest points, or any
         standardize: bool = True,        # channels to mean 0 and variance 1 over the normal patches
         neighbours: int = 0,             # b of PatchCore's re-weighting; 0: none
+        line_context: Literal['none', 'row', 'column', 'both'] = 'none', # also compared: the means of a patch's lines
         adapters: Literal['class', 'task'] = 'class',    # what owns one bank
         seed: int = 0,                   # of the first member, or of the random choice
     ):
@@ -192,7 +207,7 @@ class PatchCoreJoint(OneForAll, PatchCore):
         adapters: Literal['class', 'task'] = 'class',    # who contributes one coreset
         seed: int = 0,                   # of the first members, or of the random choice
     ):
-        super().__init__(dim, grid, ratio, size, select, standardize, neighbours, adapters, seed)
+        super().__init__(dim, grid, ratio, size, select, standardize, neighbours, 'none', adapters, seed)
 
 # %% ../../nbs/memory/61_patchcore.ipynb #83079d0b
 @DETECTORS.register('shared_coreset')

@@ -179,10 +179,11 @@ def by_kind(self: StageEvaluator,
 @patch
 def image_table(self: StageEvaluator,
     stage,                     # of a learner
-    features=None,             # FeatureSet; None: the test images and the held-out normals of the classes seen so far
+    features=None,             # FeatureSet; None: all images but those of training, of the classes seen so far
 ) -> pd.DataFrame:             # the columns of the index; group, score, peak_row, peak_column (patch) by own adapters
     "One row per image."
-    rows, known = [], self.features.where(split=['test', 'validation']) if features is None else features
+    rows, known = [], features
+    if known is None: known = self.features.where(split=['test', 'validation', 'control'])
     for task, c in [(t, c) for t in stage.tasks for c in t.classes]:
         part, group = known.where(**{'class': c}), stage.detector.group_of(task.name, c)
         if not len(part): continue

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -98,9 +99,12 @@ def image_size(
 # %% ../../nbs/data/01_preprocess.ipynb #0c2402b7
 _FILTERS = {f.name.lower(): f for f in Image.Resampling}
 
-def _resize(channel, size, box, interpolation):
+def _resize(channel, size, box, interpolation, wrap=False):
     "One float channel (H, W): the box (top, left, bottom, right), resized to size (h, w)."
     t, l, b, r = box
+    if wrap:                                        # as far as any filter looks, from the other side
+        p, q = (int(np.ceil(3 * max(1, (hi - lo) / n))) + 1 for lo, hi, n in ((t, b, size[0]), (l, r, size[1])))
+        channel, t, l, b, r = np.pad(channel, ((p, p), (q, q)), mode='wrap'), t + p, l + q, b + p, r + q
     return np.asarray(Image.fromarray(channel).resize(size[::-1], _FILTERS[interpolation], box=(l, t, r, b)))
 
 def _check_settings(p):
@@ -128,6 +132,7 @@ class Preprocess:
     std: tuple = (128/255,) * 3
     mask_interpolation: str = 'nearest'     # nearest, area (more than half is defect), any
     scale: tuple = ()                       # ((folder, divisor), …): files below a folder are divided by its number
+    wrap: bool = False                      # it closes on a torus: across a border lies its other side
 
     def __post_init__(self):
         size = (self.size,) * 2 if isinstance(self.size, int) else tuple(int(s) for s in self.size)
@@ -148,17 +153,13 @@ class Preprocess:
             raise ValueError(f'crop={self.crop} with size={self.size} needs more than {height}×{width} pixels')
         return (height - h) / 2, (width - w) / 2, (height + h) / 2, (width + w) / 2
 
-    def divisor(self, path) -> float:
-        "What the values of a file are divided by: the number of its folder, else 1."
-        return next((s for folder, s in self.scale if Path(path).is_relative_to(folder)), 1.)
-
     def pixels(self, path) -> np.ndarray:   # (h, w, 3) float32, not normalized, for pictures
         "The image as people see it, in the geometry of the tensors."
         a = read_image(path)
-        if (d := self.divisor(path)) != 1: a = a / np.float32(d)
+        a = next((a / np.float32(s) for folder, s in self.scale if Path(path).is_relative_to(folder)), a)
         grey = (a[..., :1] == a).all()
         box, channels = self.box(*a.shape[:2]), range(1 if grey else 3)
-        out = [_resize(a[..., c], self.size, box, self.interpolation) for c in channels]
+        out = [_resize(a[..., c], self.size, box, self.interpolation, self.wrap) for c in channels]
         return np.stack(out * 3 if grey else out, -1)
 
     def image(self, path) -> Tensor:        # (3, h, w) float32, normalized
@@ -177,24 +178,27 @@ class Preprocess:
         m = _resize(m, self.size, self.box(*m.shape), kind)
         return torch.from_numpy(m > (0 if self.mask_interpolation == 'any' else .5))
 
-    def cut_away(self,
-        path: str | Path | None,            # a mask
-        warn: bool = True,                  # a warning that names the file, if anything is lost
-    ) -> float:                             # share of the defect's pixels outside the crop, 0…1
-        "How much of a defect the crop loses: at 1.0 a defect image has become a normal one with the wrong label."
-        if self.crop is None or path is None or path != path: return 0.
-        m = read_mask(path)
-        t, l, b, r = self.box(*m.shape)
-        kept = m[max(0, round(t)):round(b), max(0, round(l)):round(r)].sum()
-        lost = 1 - float(kept / m.sum()) if m.any() else 0.
-        if lost and warn:
-            warnings.warn(f'{path}: the crop {self.crop} cuts away {lost:.0%} of the defect', stacklevel=2)
-        return lost
-
     def describe(self) -> dict:
-        "All settings, ready for JSON; of a scale, if there is one, the names of the folders, wherever they lie."
-        out = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != 'scale'}
+        "All settings, ready for JSON; scale (with the names of its folders) and wrap only where they are used."
+        out = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k not in ('scale', 'wrap')}
+        if self.wrap: out['wrap'] = True
         return out | ({'scale': [[Path(f).name, s] for f, s in self.scale]} if self.scale else {})
+
+# %% ../../nbs/data/01_preprocess.ipynb #4d85695d
+@patch
+def cut_away(self: Preprocess,
+    path: str | Path | None,            # a mask
+    warn: bool = True,                  # a warning that names the file, if anything is lost
+) -> float:                             # share of the defect's pixels outside the crop, 0…1
+    "How much of a defect the crop loses: at 1.0 a defect image has become a normal one with the wrong label."
+    if self.crop is None or path is None or path != path: return 0.
+    m = read_mask(path)
+    t, l, b, r = self.box(*m.shape)
+    kept = m[max(0, round(t)):round(b), max(0, round(l)):round(r)].sum()
+    lost = 1 - float(kept / m.sum()) if m.any() else 0.
+    if lost and warn:
+        warnings.warn(f'{path}: the crop {self.crop} cuts away {lost:.0%} of the defect', stacklevel=2)
+    return lost
 
 # %% ../../nbs/data/01_preprocess.ipynb #e2cc6fdc
 def read_mask(

@@ -237,7 +237,8 @@ def preprocess(self: Backbone, **overrides) -> Preprocess:
     cfg = self.net.pretrained_cfg
     lite = 'efficientnet_lite' in self.name and self.weights != 'timm'
     mean, std = ((127 / 255,) * 3, (128 / 255,) * 3) if lite else (tuple(cfg['mean']), tuple(cfg['std']))
-    return Preprocess(**(dict(size=self.image_size, mean=mean, std=std) | overrides))
+    wrap = self.settings['border'] == 'circular'
+    return Preprocess(**(dict(size=self.image_size, mean=mean, std=std, wrap=wrap) | overrides))
 
 @patch
 def describe(self: Backbone) -> dict:

@@ -116,5 +116,5 @@ def extract_mixed(
         else: net = nets.setdefault(size, BACKBONES.build({**spec, 'grid': base.grid}, image_size=size, device=device))
         sets.append(extract(images.where(**{'class': c}), net, net.preprocess(**preprocess), device=device, **more))
     out = join(sets) if resolution else extract(images, base, base.preprocess(**preprocess), device=device, **more)
-    out.backbone, out.preprocess = base, base.preprocess(**preprocess)
+    out.backbone, out.preprocess = base, images.scaled(base.preprocess(**preprocess))
     return out

@@ -178,7 +178,7 @@ def extract(
     progress: bool = True,
 ) -> FeatureSet:
     "The features of all images, from the store; extract whole classes, then take views."
-    preprocess = preprocess or backbone.preprocess()
+    preprocess = images.scaled(preprocess or backbone.preprocess())
     for key, value, known in [('dtype', dtype, ('float16', 'float32')), ('on_bad', on_bad, ('raise', 'skip')),
                               ('verify', verify, ('all', 'size'))]:
         if value not in known: raise PartError(f"{key}: '{value}' is not known.{nearest(value, known)}")
@@ -187,8 +187,8 @@ def extract(
     if not len(images): raise StoreError(f'{images.name}: there are no images to extract features from.')
     backbone.to(device)
     parts, where, skipped, stores = [], {}, [], []
-    plans = [Plan(images.where(**{'class': c}), backbone, preprocess, dtype, batch, cache or cache_dir())
-             for c in images.classes]
+    each = [images.where(**{'class': c}) for c in images.classes]
+    plans = [Plan(part, backbone, part.scaled(preprocess), dtype, batch, cache or cache_dir()) for part in each]
     todo, start = sum(len(p.index) for p in plans if not p.folder.exists()), time.time()
     quiet = {} if progress and todo else dict(disable=True)
     with tqdm(total=todo, desc='features', unit='image', mininterval=.5, **quiet) as bar:

@@ -204,10 +204,12 @@ class PatchCoreJoint(OneForAll, PatchCore):
         select: Literal['greedy', 'random'] = 'greedy',  # farthest points, or any
         standardize: bool = True,        # channels to mean 0 and variance 1 over the first group's normal patches
         neighbours: int = 0,             # b of PatchCore's re-weighting; 0: none
+        line_context: Literal['none', 'row', 'column', 'both'] = 'none', # also compared: the means of a patch's lines
         adapters: Literal['class', 'task'] = 'class',    # who contributes one coreset
         seed: int = 0,                   # of the first members, or of the random choice
     ):
-        super().__init__(dim, grid, ratio, size, select, standardize, neighbours, 'none', adapters, seed)
+        super().__init__(dim, grid, ratio, size, select, standardize, neighbours, line_context, adapters,
+                         seed)
 
 # %% ../../nbs/memory/61_patchcore.ipynb #83079d0b
 @DETECTORS.register('shared_coreset')

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/09_hdmap_files.ipynb #2dbd1fe6
 from __future__ import annotations
-import hashlib, importlib.util, json, os, shutil, tempfile
+import hashlib, importlib, json, os, shutil, tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -41,9 +41,9 @@ def read_mat(
 
 def _read_hdf5(file):
     "A MATLAB 7.3 file, whose axes HDF5 counts backwards."
-    if importlib.util.find_spec('h5py') is None:
+    try: h5py = importlib.import_module('h5py')       # not among what we depend on
+    except ImportError:
         raise BadFile(file, 'MATLAB 7.3 files are HDF5: pip install h5py, or save it in MATLAB with -v7') from None
-    import h5py
     with h5py.File(file, 'r') as f: return {k: np.asarray(v).T for k, v in f.items() if hasattr(v, 'shape')}
 
 def convert_mat(

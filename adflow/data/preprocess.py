@@ -153,14 +153,21 @@ class Preprocess:
             raise ValueError(f'crop={self.crop} with size={self.size} needs more than {height}×{width} pixels')
         return (height - h) / 2, (width - w) / 2, (height + h) / 2, (width + w) / 2
 
-    def pixels(self, path) -> np.ndarray:   # (h, w, 3) float32, not normalized, for pictures
-        "The image as people see it, in the geometry of the tensors."
+    def read(self, path) -> np.ndarray:     # (H, W, 3) float32 in the file's own size, over the scale of its folder
+        "The amplitudes of a file."
         a = read_image(path)
-        a = next((a / np.float32(s) for folder, s in self.scale if Path(path).is_relative_to(folder)), a)
+        return next((a / np.float32(s) for folder, s in self.scale if Path(path).is_relative_to(folder)), a)
+
+    def fit(self, a: np.ndarray) -> np.ndarray: # (H, W, 3) → (h, w, 3)
+        "The geometry of the tensors."
         grey = (a[..., :1] == a).all()
         box, channels = self.box(*a.shape[:2]), range(1 if grey else 3)
         out = [_resize(a[..., c], self.size, box, self.interpolation, self.wrap) for c in channels]
         return np.stack(out * 3 if grey else out, -1)
+
+    def pixels(self, path) -> np.ndarray:   # (h, w, 3) float32, not normalized, for pictures
+        "The image as people see it, in the geometry of the tensors."
+        return self.fit(self.read(path))
 
     def image(self, path) -> Tensor:        # (3, h, w) float32, normalized
         "The input of the backbone; raises `BadFile`."
@@ -173,18 +180,23 @@ class Preprocess:
     ) -> Tensor:                            # (h, w) bool
         "The mask in the geometry of the image."
         if path is None or path != path: return torch.zeros(self.size, dtype=torch.bool)
-        m = read_mask(path, like).astype(np.float32)
+        return self.fit_mask(read_mask(path, like))
+
+    def fit_mask(self, m: np.ndarray) -> Tensor: # (H, W) bool → (h, w) bool
+        "The geometry of the tensors, for a mask."
+        m = np.asarray(m, np.float32)
         kind = 'nearest' if self.mask_interpolation == 'nearest' else 'box'
         m = _resize(m, self.size, self.box(*m.shape), kind)
         return torch.from_numpy(m > (0 if self.mask_interpolation == 'any' else .5))
 
-    def describe(self) -> dict:
-        "All settings, ready for JSON; scale (with the names of its folders) and wrap only where they are used."
-        out = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k not in ('scale', 'wrap')}
-        if self.wrap: out['wrap'] = True
-        return out | ({'scale': [[Path(f).name, s] for f, s in self.scale]} if self.scale else {})
-
 # %% ../../nbs/data/01_preprocess.ipynb #4d85695d
+@patch
+def describe(self: Preprocess) -> dict:
+    "All settings, ready for JSON; scale (with the names of its folders) and wrap only where they are used."
+    out = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k not in ('scale', 'wrap')}
+    if self.wrap: out['wrap'] = True
+    return out | ({'scale': [[Path(f).name, s] for f, s in self.scale]} if self.scale else {})
+
 @patch
 def cut_away(self: Preprocess,
     path: str | Path | None,            # a mask

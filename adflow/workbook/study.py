@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from ..continual.learner import Learner, Trainer
 from ..continual.routing import ROUTERS
@@ -101,21 +102,25 @@ class Study:
         return StageEvaluator(self.features, self.p.aggregate, self.p.smoothing, progress=self.progress,
                               defects=self.defects)
 
-    def faults(self, **args):
-        "Faults of known direction and severity, painted on the normal test images; the same for every seed of a study."
-        return make_faults(self.features, **dict(splits=('test',), levels=1, progress=self.progress) | args)
+# %% ../../nbs/workbook/94_study.ipynb #bf8537e7
+@patch
+def faults(self: Study, **args):
+    "Faults of known direction and severity, painted on the normal test images; the same for every seed of a study."
+    return make_faults(self.features, **dict(splits=('test',), levels=1, progress=self.progress) | args)
 
-    def image_table(self, stage, changes: dict) -> pd.DataFrame:
-        "A row per test image and held-out normal (`change`: ''), and per test image as each named change makes it."
-        table = [self.evaluator.image_table(stage).assign(change='')]
-        for name, spec in changes.items():
-            made = change_images(self.features, spec, seed=self.p.seed, progress=self.progress)
-            table.append(self.evaluator.image_table(stage, made).assign(change=name))
-        return pd.concat(table, ignore_index=True)
+@patch
+def image_table(self: Study, stage, changes: dict) -> pd.DataFrame:
+    "A row per test image and held-out normal (`change`: ''), and per test image as each named change makes it."
+    table = [self.evaluator.image_table(stage).assign(change='')]
+    for name, spec in changes.items():
+        made = change_images(self.features, spec, seed=self.p.seed, progress=self.progress)
+        table.append(self.evaluator.image_table(stage, made).assign(change=name))
+    return pd.concat(table, ignore_index=True)
 
-    def run(self) -> pd.DataFrame:
-        "Learns all tasks and evaluates after each: the rows of the R matrix."
-        return pd.concat([self.evaluator(s) for s in self.learner.stages(self.tasks)], ignore_index=True)
+@patch
+def run(self: Study) -> pd.DataFrame:
+    "Learns all tasks and evaluates after each: the rows of the R matrix."
+    return pd.concat([self.evaluator(s) for s in self.learner.stages(self.tasks)], ignore_index=True)
 
 # %% ../../nbs/workbook/94_study.ipynb #fe000d8f
 def run_saved(

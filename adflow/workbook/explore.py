@@ -376,7 +376,8 @@ class Compare:
                             row=1, col=col)
         fig.update_xaxes(visible=False, matches='x').update_yaxes(visible=False, matches='y', autorange='reversed')
         fig.update_layout(height=300, width=1000, margin=dict(l=20, r=20, t=60, b=20),
-                          title=f"{self.cls}, {self.table['name'][i]}: disagreement {self.table['disagreement'][i]:.2f}")
+                          title='{}, {}: disagreement {:.2f}'.format(
+                              self.cls, *self.table.loc[i, ['name', 'disagreement']]))
         return fig
 
     def show(self):

@@ -57,18 +57,28 @@ def qq(
     return pd.DataFrame({'p': p, 'theoretical': stats.norm.ppf(p),
                          'observed': np.quantile(np.asarray(values, float), p)})
 
+def _moments(
+    v,                         # (n, D)
+) -> dict:                     # arrays (D,)
+    "What `normality` says, of every column."
+    v = np.sort(np.asarray(v, float), 0)
+    mean, std, t = v.mean(0), v.std(0), stats.norm.ppf(TAIL)[:, None]
+    p = (np.arange(k := min(len(v), 999)) + .5) / k
+    seen, due = np.quantile(v, p, axis=0), stats.norm.ppf(p)
+    far = lambda x: (np.abs(v) > x).mean(0) / (2 * stats.norm.sf(x))
+    with np.errstate(divide='ignore', invalid='ignore'):
+        z = (v - mean) / std
+        like = due @ (seen - seen.mean(0)) / (k * due.std() * seen.std(0))
+        q, own = np.quantile(v, TAIL, axis=0), np.abs(np.quantile(z, TAIL, axis=0) - t).mean(0)
+    return {'mean': mean, 'std': std, 'skew': (z ** 3).mean(0), 'kurtosis': (z ** 4).mean(0) - 3,
+            'qq_correlation': like, 'ks': _ks(stats.norm.cdf(v).T), 'tail_error': np.abs(q - t).mean(0),
+            'tail_error_standardized': own, 'beyond_2': far(2), 'beyond_3': far(3)}
+
 def normality(
     values,                    # (n,), claimed to be N(0, 1)
-) -> dict:
+) -> dict:                     # mean, std, skew, kurtosis, qq_correlation, ks, tail errors, beyond_2, beyond_3
     "How far values are from N(0, 1), in numbers that do not depend on how many there are."
-    v = np.asarray(values, float).ravel()
-    far = lambda t: float((np.abs(v) > t).mean() / (2 * stats.norm.sf(t)))
-    q, ranks = np.quantile(v, TAIL), qq(v, min(len(v), 999))
-    own = stats.norm.ppf(TAIL) * v.std() + v.mean()
-    return {'mean': v.mean(), 'std': v.std(), 'skew': float(stats.skew(v)), 'kurtosis': float(stats.kurtosis(v)),
-            'qq_correlation': float(np.corrcoef(ranks['theoretical'], ranks['observed'])[0, 1]),
-            'ks': float(_ks(np.sort(stats.norm.cdf(v)))), 'tail_error': float(np.abs(q - stats.norm.ppf(TAIL)).mean()),
-            'tail_error_standardized': float(np.abs(q - own).mean() / v.std()), 'beyond_2': far(2), 'beyond_3': far(3)}
+    return {k: float(v[0]) for k, v in _moments(np.ravel(values)[:, None]).items()}
 
 # %% ../../nbs/analysis/83_calibration.ipynb #b17758bb
 @torch.no_grad()
@@ -95,8 +105,8 @@ def gaussianity(
     "Every dimension of the latent against N(0, 1)."
     z, few = np.asarray(z), _independent(z, seed)
     tests = [uniformity(stats.norm.cdf(v)) for v in few.T]
-    table = pd.DataFrame([normality(v) | {k: t[k] for k in ('ks_p', 'ad', 'ad_p')}
-                          for v, t in zip(z.reshape(-1, z.shape[-1]).T, tests)])
+    table = pd.DataFrame(_moments(z.reshape(-1, z.shape[-1])))
+    table = table.assign(**{k: [t[k] for t in tests] for k in ('ks_p', 'ad', 'ad_p')})
     return table.rename_axis('dimension')
 
 def radial(

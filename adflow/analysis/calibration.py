@@ -185,8 +185,8 @@ def score_calibration(
         for c, part in t[t['split'] == 'test'].groupby('class', sort=False):
             mine = held[held['class'] == c]['score'] if name == 'own' else held['score']
             if not len(mine) or not (part['label'] == 0).any(): continue
-            alarm = conformal_p(mine, part['score'], seed) <= fpr
+            alarm, share = conformal_p(mine, part['score'], seed) <= fpr, lambda x: x.mean() if len(x) else np.nan
             rows.append({'calibration': name, 'class': c,
                          **conformal_ks(mine, part[part['label'] == 0]['score'], draws, seed),
-                         'false_alarms': alarm[part['label'] == 0].mean(), 'found': alarm[part['label'] == 1].mean()})
+                         'false_alarms': share(alarm[part['label'] == 0]), 'found': share(alarm[part['label'] == 1])})
     return pd.DataFrame(rows)

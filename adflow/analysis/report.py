@@ -211,8 +211,8 @@ def save_figure(
         try: figure.write_image(path, width=width, height=height)
         except Exception as e:
             if not any(w in f'{type(e).__name__} {e}'.lower() for w in ('kaleido', 'chrome', 'browser')): raise
-            raise ReportError(f'{path.name}: drawing {path.suffix} takes kaleido and a Chrome: `pip install "kaleido>=1"`'
-                              ', and a Chrome or Chromium from the system, or `plotly_get_chrome`; .html and .json need '
-                              f'neither. ({type(e).__name__})') from None
+            how = 'a Chrome or Chromium from the system or `plotly_get_chrome`; .html and .json need neither.'
+            raise ReportError(f'{path.name}: drawing {path.suffix} takes kaleido and a Chrome: '
+                              f'`pip install "kaleido>=1"`, and {how} ({type(e).__name__})') from None
     else: raise ReportError(f"{path.name}: '{path.suffix}' is not .svg, .pdf, .png, .html or .json.")
     return path

@@ -112,7 +112,7 @@ def image_gradient(
     "Mean Sobel magnitude of the grey image in every patch."
     x = np.asarray(images, float)
     x = x.mean(-1) if x.ndim == 4 else x
-    g = np.hypot(ndimage.sobel(x, 1, mode='reflect'), ndimage.sobel(x, 2, mode='reflect'))
+    g = np.stack([np.hypot(ndimage.sobel(i, 0, mode='reflect'), ndimage.sobel(i, 1, mode='reflect')) for i in x])
     rows, columns = (np.linspace(0, n, m + 1).round().astype(int) for n, m in zip(g.shape[1:], grid))
     sums = np.add.reduceat(np.add.reduceat(g, rows[:-1], 1), columns[:-1], 2)
     return sums / np.multiply.outer(np.diff(rows), np.diff(columns))

@@ -149,7 +149,7 @@ def crop_patch(
     top, left = (max(0, round((i - around) * s)) for i, s in ((row, y), (column, x)))
     return pixels[top:round((row + around + 1) * y), left:round((column + around + 1) * x)]
 
-# %% ../../nbs/workbook/95_explore.ipynb #3061a9b7
+# %% ../../nbs/workbook/95_explore.ipynb #70a0ad43
 def as_source(a: np.ndarray) -> str:
     "An image (h, w, 3) uint8 as a data address: a hundred times quicker to send than its numbers."
     file = io.BytesIO()
@@ -166,6 +166,7 @@ def overlay(
     t = np.clip((heat - bounds[0]) / max(bounds[1] - bounds[0], 1e-12), 0, 1)[..., None] * alpha
     return (image * (1 - t) + np.array([255., 40, 0]) * t).round().astype(np.uint8)
 
+# %% ../../nbs/workbook/95_explore.ipynb #3061a9b7
 class ScoreMaps:
     "Image, mask, map and overlay of a run's test images, with a threshold, an aggregate and patches to click."
     def __init__(self,

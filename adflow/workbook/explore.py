@@ -298,6 +298,7 @@ def look(self: ScoreMaps, row: int, column: int) -> pd.DataFrame:
         f"<img src='{as_source(a)}' width=96>")]) for a, text in crops]
     return near
 
+# %% ../../nbs/workbook/95_explore.ipynb #bb70f9b4
 @patch
 def show(self: ScoreMaps):
     "Sliders, the figure, and the neighbours of a clicked patch; for JupyterLab."

@@ -77,7 +77,7 @@ def test_gradient_of_a_patch_is_that_of_finite_differences(loss):
 def test_amplification_is_the_algebra_to_the_last_digits(weight, ratio):
     det, x = flow().double(), images().double()
     mean, tail = (tg.patch_gradients(det, x, 'a', v) for v in (tg.MEAN, tg.tail_loss(weight, ratio)))
-    mask = torch.as_tensor(tg.tail_mask(mean['nll'].numpy(), ratio))
+    mask = torch.as_tensor(tg.tail_patches(mean['nll'].numpy(), ratio))
     for level in ('likelihood', 'latent'):
         by = tail[level] / mean[level]
         for m, factor in zip((mask, ~mask), tg.tail_factors(64, ratio, weight)):
@@ -104,14 +104,14 @@ def test_without_neighbourhoods_nothing_leaks():
     alone, mixed = flow('lora', context='none'), flow()
     for det, leaks in ((alone, False), (mixed, True)):
         maps = tg.patch_gradients(det, x, 'a', tg.tail_loss(1., .05))
-        rest = maps['feature'][~torch.as_tensor(tg.tail_mask(maps['nll'].numpy(), .05))]
+        rest = maps['feature'][~torch.as_tensor(tg.tail_patches(maps['nll'].numpy(), .05))]
         assert (rest.max() > 0) == leaks
 
 def test_weights_gradient_against_autograd():
     det, x = flow(groups='ab'), images()
     train_only(det, [0], shared=False)
     asked = [p.requires_grad for p in det.parameters()]
-    mask = tg.tail_mask(tg.patch_gradients(det, x, 'b', tg.MEAN)['nll'].numpy(), .05)
+    mask = tg.tail_patches(tg.patch_gradients(det, x, 'b', tg.MEAN)['nll'].numpy(), .05)
     table = tg.parameter_gradients(det, x, 'b', {'tail': mask})
     assert [p.requires_grad for p in det.parameters()] == asked            # left as found
     train_only(det, [1], shared=True)
@@ -136,7 +136,7 @@ def test_sweep_follows_the_algebra():
 
 def test_masks_and_their_controls():
     nll, strata = rng().normal(size=(5, *GRID)), tg.edge_distance(GRID)
-    mask = tg.tail_mask(nll, .1)
+    mask = tg.tail_patches(nll, .1)
     for s in (None, strata):
         other = tg.random_others(mask, rng(), s)
         assert (mask.sum((1, 2)) == 6).all() and (other.sum((1, 2)) == 6).all() and not (mask & other).any()
@@ -196,7 +196,7 @@ def test_resemblance_null():
 def test_clustering_sees_clusters_only_across_images():
     r = rng()
     nll = r.normal(size=(10, *GRID))
-    mask, noise = tg.tail_mask(nll, .05), r.normal(size=(10, *GRID, DIM))
+    mask, noise = tg.tail_patches(nll, .05), r.normal(size=(10, *GRID, DIM))
     same = noise + 9 * mask[..., None]                                     # all tails in one place
     own = noise + mask[..., None] * 50 * r.normal(size=(10, 1, 1, DIM))    # each image's tail in a place of its own
     assert tg.clustering(same, nll, .05)['first'][0] > .95
@@ -209,8 +209,8 @@ def test_alignment_and_overlap():
     spot = maps + 6 * (labels[:, None, None] * np.eye(8)[0][:, None] * np.eye(8)[0])
     table = tg.alignment(maps, spot, labels, (.02, 1.))
     assert table['difference'].iloc[0] > table['difference'].iloc[1] and table['first'].iloc[0] > .95
-    a = tg.tail_mask(maps, .1)
-    assert tg.overlap(a, a)['share'] == 1 and tg.overlap(a, tg.random_others(a, r))['share'] == 0
+    a = tg.tail_patches(maps, .1)
+    assert tg.common_share(a, a)['share'] == 1 and tg.common_share(a, tg.random_others(a, r))['share'] == 0
 
 def test_block_log_dets_add_up():
     det, x = flow(), images()
@@ -220,13 +220,6 @@ def test_block_log_dets_add_up():
     assert np.allclose(log_dets.sum(-1), total.detach(), atol=1e-4) and np.allclose(z, want.detach(), atol=1e-5)
     table = tg.jacobian(log_dets, x.square().sum(-1).numpy(), .05)
     assert table['quantity'].tolist() == ['log-det, all blocks', *(f'log-det, block {i}' for i in range(3))]
-
-@pytest.mark.parametrize('scale', [.5, 1., 2.])
-def test_normality_sees_the_scale(scale):
-    row = tg.normality(scale * rng().normal(size=(4000, 10)))
-    assert row['std'] == pytest.approx(scale, rel=.02) and row['qq_correlation'] > .999
-    assert row['chi2_50%'] == pytest.approx(scale**2, rel=.04) and row['chi2_98%'] == pytest.approx(scale**2, rel=.06)
-    if scale == 1: assert row['beyond_98'] == pytest.approx(.02, abs=.008) and row['ks'] < .02
 
 
 # ---- svd ----------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_tail_has_as_many_patches_with_ties():
 def test_gradient_of_ramps():
     x = np.tile(np.arange(32.), (1, 32, 1))
     g = image_gradient(x, (4, 4))
-    assert np.allclose(g[:, :, 1:3], 8) and np.allclose(image_gradient(np.repeat(x[..., None], 3, -1), (4, 4)), g)
+    assert np.allclose(g, 1) and np.allclose(image_gradient(np.repeat(x[..., None], 3, -1), (4, 4)), g)
 
 def test_contrast_inside_only(rng):
     tail, v = np.zeros((12, 8, 8), bool), rng.random((12, 8, 8))

@@ -15,9 +15,23 @@ from ..features.pseudo import patch_masks
 from ..parts import use_task
 
 # %% auto #0
-__all__ = ['score_terms', 'verdict', 'diagnose', 'diagnostics']
+__all__ = ['through_blocks', 'score_terms', 'verdict', 'diagnose', 'diagnostics']
 
 # %% ../../nbs/analysis/80_diagnostics.ipynb #b4e26c38
+@torch.no_grad()
+def through_blocks(
+    detector,                  # with a `flow` of blocks, such as MoLE-Flow; of several branches the first
+    x: torch.Tensor,           # (B, H, W, D) features
+    group: str,                # whose adapters
+):                             # yields the latents (B, H, W, D) and, but for the first, the log-determinant (B, H, W)
+    "What goes into the first block of the flow, and what comes out of each."
+    use_task(detector, detector.groups[group])
+    h = detector.flow.aligned(x[..., detector.scorer.views[0]['channels']])
+    yield h, None
+    for block in detector.flow.blocks:
+        (h,), log_det = block((h,))
+        yield h, log_det
+
 @torch.no_grad()
 def score_terms(
     detector,                  # with a `flow`, such as MoLE-Flow

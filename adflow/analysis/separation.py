@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from .diagnostics import through_blocks
+from .tail_gradient import cohens_d
 from ..evaluate.protocol import auroc, interval
-from ..parts import use_task
 
 # %% auto #0
 __all__ = ['overlap', 'separate', 'separation_table', 'shares', 'effective_terms', 'block_terms', 'dimension_terms']
@@ -33,9 +34,8 @@ def separate(
     "How far apart two samples of scores are."
     a, b = np.asarray(normal, float).ravel(), np.asarray(defect, float).ravel()
     if min(len(a), len(b)) < 2: raise ValueError(f'{len(a)} normals and {len(b)} defects: two of each are needed.')
-    gap, va, vb = b.mean() - a.mean(), a.var(ddof=1), b.var(ddof=1)
-    pooled = ((len(a) - 1) * va + (len(b) - 1) * vb) / (len(a) + len(b) - 2)
-    with np.errstate(divide='ignore', invalid='ignore'): fisher, d = gap ** 2 / (va + vb), gap / pooled ** .5
+    with np.errstate(divide='ignore', invalid='ignore'):
+        fisher, d = (b.mean() - a.mean()) ** 2 / (a.var(ddof=1) + b.var(ddof=1)), cohens_d(b, a, paired=False)
     ks, u = stats.ks_2samp(a, b), stats.mannwhitneyu(b, a)
     return {'n_normal': len(a), 'n_defect': len(b), 'fisher': float(fisher), 'cohens_d': float(d),
             'overlap': overlap(a, b), 'ks': float(ks.statistic), 'ks_p': float(ks.pvalue),
@@ -91,15 +91,12 @@ def block_terms(
     batch_size: int = 16,
 ) -> dict:                     # 'input', and per block 'energy b name' and 'minus log det b name' → (N, H, W)
     "The score of every patch, without its constant, as a sum over the blocks of the flow."
-    use_task(detector, detector.groups[group])
     energy, out = (lambda h: .5 * h.float().square().sum(-1)), {}
     def put(k, v): out.setdefault(k, []).append(v.cpu())
     for i in range(0, len(features), batch_size):
-        x, flow = features.batch(slice(i, i + batch_size)), detector.flow
-        h = flow.aligned(x[..., detector.scorer.views[0]['channels']])
+        (h, _), *blocks = through_blocks(detector, features.batch(slice(i, i + batch_size)), group)
         put('input', before := energy(h))
-        for b, block in enumerate(flow.blocks):
-            (h,), log_det = block((h,))
+        for b, (block, (h, log_det)) in enumerate(zip(detector.flow.blocks, blocks)):
             put(f'energy {b} {type(block).__name__}', (after := energy(h)) - before)
             put(f'minus log det {b} {type(block).__name__}', -log_det.float())
             before = after

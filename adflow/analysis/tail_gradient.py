@@ -13,16 +13,18 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from .diagnostics import diagnose, score_terms
+from .calibration import normality, radial
+from .diagnostics import diagnose, score_terms, through_blocks
+from .spatial import edge_distance, image_gradient, tail_patches, tail_size
 from ..features.pseudo import patch_masks
 from ..flow.losses import build_losses, patch_nll
 from ..parts import slot_of, use_task
 
 # %% auto #0
-__all__ = ['MEAN', 'gini', 'tail_size', 'top_share', 'tail_factors', 'tail_loss', 'patch_gradients', 'gradient_maps', 'tail_mask',
-           'random_others', 'image_means', 'cohens_d', 'rank_biserial', 'effect', 'sweep', 'parameter_gradients',
-           'patch_parameter_norms', 'edge_distance', 'image_gradient', 'boundary', 'resemblance', 'dilution',
-           'alignment', 'overlap', 'clustering', 'block_log_dets', 'jacobian', 'normality', 'hypotheses']
+__all__ = ['MEAN', 'gini', 'top_share', 'tail_factors', 'tail_loss', 'patch_gradients', 'gradient_maps', 'random_others',
+           'image_means', 'cohens_d', 'rank_biserial', 'effect', 'sweep', 'parameter_gradients',
+           'patch_parameter_norms', 'boundary', 'resemblance', 'dilution', 'alignment', 'common_share', 'clustering',
+           'block_log_dets', 'jacobian', 'hypotheses']
 
 # %% ../../nbs/analysis/81_tail_gradient.ipynb #794f9536
 def gini(
@@ -32,10 +34,6 @@ def gini(
     x = np.sort(np.asarray(x, float), -1)
     n = x.shape[-1]
     return 2 * (x * np.arange(1, n + 1)).sum(-1) / (n * x.sum(-1)) - (n + 1) / n
-
-def tail_size(patches: int, ratio: float = .02) -> int:
-    "How many patches the tail has; as in the loss, rounded down, at least one."
-    return max(1, int(patches * ratio))
 
 def top_share(
     x, ratio: float = .02,     # (…, n), not negative
@@ -84,15 +82,6 @@ def gradient_maps(
     return {k: torch.cat([p[k] for p in parts]).cpu().numpy() for k in parts[0]}
 
 # %% ../../nbs/analysis/81_tail_gradient.ipynb #9f9f0c9e
-def tail_mask(
-    nll, ratio: float = .02,   # (N, H, W)
-) -> np.ndarray:               # (N, H, W) bool, k per image
-    "The least likely patches of every image."
-    flat = np.asarray(nll).reshape(len(nll), -1)
-    k, out = tail_size(flat.shape[1], ratio), np.zeros(flat.shape, bool)
-    np.put_along_axis(out, np.argpartition(flat, -k, 1)[:, -k:], True, 1)
-    return out.reshape(np.shape(nll))
-
 def random_others(
     mask,                      # (N, H, W) bool
     rng: np.random.Generator,
@@ -159,7 +148,7 @@ def sweep(
     "One model under many losses: what is measured, and what the algebra says."
     rows, plain = [], gradient_maps(detector, x, group, MEAN)
     for ratio in ratios:
-        mask = tail_mask(plain['nll'], ratio)
+        mask = tail_patches(plain['nll'], ratio)
         other = random_others(mask, np.random.default_rng(seed))
         for weight in weights:
             maps = gradient_maps(detector, x, group, tail_loss(weight, ratio))
@@ -216,19 +205,6 @@ def patch_parameter_norms(
     return np.array(out)
 
 # %% ../../nbs/analysis/81_tail_gradient.ipynb #b4974903
-def edge_distance(grid: tuple) -> np.ndarray:              # (H, W)
-    "Patches between each patch and the nearest border of the image; 0 at the border."
-    (h, w), (i, j) = grid, np.indices(grid)
-    return np.minimum(np.minimum(i, h - 1 - i), np.minimum(j, w - 1 - j)).astype(float)
-
-def image_gradient(
-    images, grid: tuple,       # (N, h, w, 3)
-) -> np.ndarray:               # (N, H, W)
-    "Mean length of the grey image's gradient within each patch."
-    grey = torch.as_tensor(np.asarray(images), dtype=torch.float32).mean(-1)
-    dy, dx = grey.diff(dim=1)[:, :, :-1], grey.diff(dim=2)[:, :-1]        # one step everywhere, the border too
-    return torch.nn.functional.adaptive_avg_pool2d((dx**2 + dy**2).sqrt()[:, None], grid)[:, 0].numpy()
-
 def boundary(
     nll,                       # (N, H, W) of training normals
     images,                    # (N, h, w, 3)
@@ -236,7 +212,7 @@ def boundary(
     rng=None, strata=None,     # numpy Generator, None: seed 0; and what the random others must share, None: nothing
 ) -> pd.DataFrame:
     "H1: are tail patches nearer to the border of the image, or on stronger edges, than random others?"
-    mask = tail_mask(nll, ratio)
+    mask = tail_patches(nll, ratio)
     other = random_others(mask, rng or np.random.default_rng(0), strata)
     maps = {'edge distance': np.broadcast_to(edge_distance(nll.shape[1:]), nll.shape),
             'image gradient': image_gradient(images, nll.shape[1:])}
@@ -253,7 +229,7 @@ def resemblance(
     rng=None, strata=None,     # as in `boundary`
 ) -> pd.DataFrame:
     "H2: are probes nearer to the tail than to random other patches? `d`: in deviations of the null; `p`: share below."
-    rng, mask = rng or np.random.default_rng(0), tail_mask(nll, ratio)
+    rng, mask = rng or np.random.default_rng(0), tail_patches(nll, ratio)
     x = torch.as_tensor(features)
     sets = [x[torch.as_tensor(m)] for m in (mask, *(random_others(mask, rng, strata) for _ in range(draws)))]
     rows = []
@@ -274,7 +250,7 @@ def dilution(
 ) -> pd.DataFrame:
     "H3: norm and direction of the weights' gradient from the tail, against random sets of as many patches."
     rng, rows = rng or np.random.default_rng(0), []
-    mask = tail_mask(patch_gradients(detector, x, group, MEAN)['nll'].cpu().numpy(), ratio)
+    mask = tail_patches(patch_gradients(detector, x, group, MEAN)['nll'].cpu().numpy(), ratio)
     sets = {'tail': mask, **{i: random_others(mask, rng, strata) for i in range(draws)}}
     table = parameter_gradients(detector, x, group, sets)
     for k in ('norm_to_all', 'cosine'):
@@ -299,7 +275,7 @@ def alignment(
                      'difference': a - b, 'n': len(labels)})
     return pd.DataFrame(rows)
 
-def overlap(a, b) -> dict:     # of two masks (N, H, W), as many in every image
+def common_share(a, b) -> dict:     # of two masks (N, H, W), as many in every image
     "What share of the first set is in the second, per image, and by chance."
     return {'share': float((a & b).sum() / a.sum()), 'chance': float(b.mean())}
 
@@ -312,7 +288,7 @@ def clustering(
     rng=None, strata=None,     # as in `boundary`
 ) -> pd.DataFrame:
     "H5: share of tail patches among the neighbours (in other images) of tail patches, and of random others."
-    mask = tail_mask(nll, ratio)
+    mask = tail_patches(nll, ratio)
     both = np.stack([mask, random_others(mask, rng or np.random.default_rng(0), strata)], 1)      # (N, 2, H, W)
     of, is_other, *at = np.nonzero(both)
     x = torch.as_tensor(np.asarray(features)[of, at[0], at[1]])
@@ -327,12 +303,8 @@ def block_log_dets(
     detector, x: Tensor, group: str,     # x: (B, H, W, D)
 ) -> tuple[np.ndarray, np.ndarray]:   # (B, H, W, blocks) log-determinants, (B, H, W, D) latents
     "The log-determinant that each invertible block contributes, and what comes out."
-    use_task(detector, detector.groups[group])
-    h, out = detector.flow.aligned(x), []
-    for block in detector.flow.blocks:
-        (h,), ld = block((h,))
-        out.append(ld)
-    return torch.stack(out, -1).cpu().numpy(), h.cpu().numpy()
+    _, *out = through_blocks(detector, x, group)
+    return torch.stack([log_det for _, log_det in out], -1).cpu().numpy(), out[-1][0].cpu().numpy()
 
 def jacobian(
     log_dets,                  # (N, H, W, blocks)
@@ -340,26 +312,11 @@ def jacobian(
     ratio: float = .02, rng=None, strata=None,     # as in `boundary`
 ) -> pd.DataFrame:
     "H6: the log-determinant of each block, and of all, on the tail against random other patches."
-    mask = tail_mask(nll, ratio)
+    mask = tail_patches(nll, ratio)
     other = random_others(mask, rng or np.random.default_rng(0), strata)
     parts = {'all blocks': log_dets.sum(-1)} | {f'block {i}': log_dets[..., i] for i in range(log_dets.shape[-1])}
     return pd.DataFrame([{'hypothesis': 'H6', 'quantity': f'log-det, {k}', 'spread': v.std(),
                           **effect(image_means(v, mask), image_means(v, other))} for k, v in parts.items()])
-
-# %% ../../nbs/analysis/81_tail_gradient.ipynb #fd8320f2
-def normality(
-    z,                         # (…, D) latents
-    limit: int = 20_000,       # values for the QQ plot and KS, spread evenly
-) -> dict:
-    "H7: scale, QQ correlation and KS distance of the latents' values, and quantiles of ‖z‖² over those of χ²."
-    z = np.asarray(z, float).reshape(-1, np.shape(z)[-1])
-    values, r2 = np.sort(z.ravel()[::max(1, z.size // limit)]), (z**2).sum(1)
-    q = stats.norm.ppf((np.arange(len(values)) + .5) / len(values))
-    chi = stats.chi2(z.shape[1])
-    return {'mean': z.mean(), 'std': z.std(), 'qq_correlation': np.corrcoef(values, q)[0, 1],
-            'ks': stats.kstest(values, 'norm').statistic,
-            **{f'chi2_{p:.0%}': np.quantile(r2, p) / chi.ppf(p) for p in (.5, .98)},
-            'beyond_98': float((r2 > chi.ppf(.98)).mean())}
 
 # %% ../../nbs/analysis/81_tail_gradient.ipynb #41487d6a
 def hypotheses(
@@ -387,10 +344,11 @@ def hypotheses(
             tables.append(pd.concat(parts).assign(model=name, control=control))
         energy, log_det = score_terms(det, test, group)
         maps[name], row = energy - log_det, diagnose(energy, log_det, labels, bad)
-        rows = [('H7', k, v) for k, v in normality(z).items()] + \
+        latent = normality(z) | {f'radial_{k}': v for k, v in radial(z, seed).items()}
+        rows = [('H7', k, v) for k, v in latent.items()] + \
             [('H6', k, row[k]) for k in ('patch_ap_score', 'patch_ap_energy', 'patch_ap_minus_log_det')]
         tables.append(pd.DataFrame(rows, columns=['hypothesis', 'quantity', 'first']).assign(model=name, control=''))
-    both = overlap(*(tail_mask(m[labels == 0], ratio) for m in maps.values()))
+    both = common_share(*(tail_patches(m[labels == 0], ratio) for m in maps.values()))
     pair = {'hypothesis': 'H4', 'quantity': 'overlap of the tails', 'first': both['share'], 'second': both['chance']}
     tables.append(pd.concat([alignment(maps['mean'], maps['tail'], labels), pd.DataFrame([pair])]))
     tables[-1] = tables[-1].assign(model='tail against mean', control='')

@@ -33,7 +33,7 @@ def default_exp(path):
 
 def module_of(path):
     "What the address rule expects: nbs/room/NN_name.ipynb → room.name."
-    name = re.sub(r'^\d\d_', '', path.stem)
+    name = re.sub(r'^\d{2,3}_', '', path.stem)
     return name if path.parent.name == 'nbs' else f'{path.parent.name}.{name}'
 
 def code(source):
@@ -52,7 +52,7 @@ def imports(path):
 def address(root):
     "nbs/<room>/<NN>_<name>.ipynb ⇄ default_exp room.name ⇄ adflow/<room>/<name>.py"
     for p in library(root):
-        if not re.fullmatch(r'\d\d_[a-z][a-z_]*', p.stem): yield f'{p.name}: the name is not NN_name'
+        if not re.fullmatch(r'\d{2,3}_[a-z][a-z_]*', p.stem): yield f'{p.name}: the name is not NN_name'
         elif p.parent.name == 'nbs' and p.stem not in TOP: yield f'{p.name}: only {", ".join(TOP)} stand outside a room'
         elif default_exp(p) != [module_of(p)]:
             yield f'{p.name}: default_exp is {default_exp(p)}, its address says {module_of(p)}'
@@ -62,19 +62,23 @@ def address(root):
         if p.parent.name in LOOSE and (default_exp(p) or any(exported(c) for c in cells(p))):
             yield f'{p.name}: exports from {p.parent.name}'
 
+def number_of(path):
+    "Its place along the data flow, read as decimals: 95, 951, 952, 96."
+    return int(path.stem.split('_')[0].ljust(3, '0')) if path.stem[:2].isdigit() else -1
+
 def numbers(root):
-    "Two digits, unique over all rooms."
+    "Two or three digits, unique over all rooms."
     seen = {}
     for p in library(root):
-        n = p.stem[:2]
+        n = number_of(p)
         if n in seen: yield f'{p.name} and {seen[n]} have the same number'
         seen[n] = p.name
 
 def direction(root):
     "A notebook imports only from smaller numbers, and never *."
-    number = {'adflow.' + m: int(p.stem[:2]) for p in library(root) for m in default_exp(p)}
+    number = {'adflow.' + m: number_of(p) for p in library(root) for m in default_exp(p)}
     for p in library(root):
-        own = int(p.stem[:2])
+        own = number_of(p)
         for module, names in imports(p):
             if '*' in names: yield f'{p.name}: from {module} import *'
             for m in [module] + [f'{module}.{n}' for n in names]:
@@ -106,7 +110,7 @@ def size(root):
 def names(root):
     "No drawers for everything."
     for p in [*notebooks(root), *(root / 'adflow').rglob('*.py')]:
-        if re.search(r'(^|_)(utils?|helpers?|misc|common|base\d|v\d)(_|$)', re.sub(r'^\d\d_', '', p.stem)):
+        if re.search(r'(^|_)(utils?|helpers?|misc|common|base\d|v\d)(_|$)', re.sub(r'^\d{2,3}_', '', p.stem)):
             yield f'{p.name} is called like a drawer'
 
 def settings(root):
@@ -209,6 +213,8 @@ PLANTED = [
     (direction, lambda h: plant(h, 'data/02_x.ipynb', 'import adflow.flow.lora'), 'imports adflow.flow.lora'),
     (direction, lambda h: plant(h, 'data/02_x.ipynb', 'from adflow.flow import lora'), 'imports adflow.flow.lora'),
     (direction, lambda h: plant(h, 'flow/41_x.ipynb', 'from adflow.flow.lora import *'), 'import *'),
+    (numbers, lambda h: plant(h, 'data/400_x.ipynb', '#| default_exp data.x'), 'same number'),
+    (direction, lambda h: plant(h, 'data/399_x.ipynb', 'from adflow.flow.lora import z'), 'imports adflow.flow.lora'),
     (orphans, lambda h: module(h, 'flow/gone.py'), 'flow/gone.py has no notebook'),
     (orphans, lambda h: plant(h, 'flow/41_x.ipynb', '#| default_exp flow.lora'), 'by 2 notebooks'),
     (size, lambda h: plant(h, 'explore/x.ipynb', 'x', metadata={'widgets': {}}), 'widget state'),

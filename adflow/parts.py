@@ -263,6 +263,16 @@ class Detector(nn.Module):
         "The group that scores images of a class which was learned in a task."
         raise TypeError(f'{type(self).__name__} must define group_of')
 
+    def new_groups(self, task, features):
+        "Makes a slot for each group of the task that has none, puts it in use, and yields the group and its normals."
+        groups = {}
+        for c in task.classes: groups.setdefault(self.group_of(task.name, c), []).append(c)
+        for g, classes in groups.items():
+            if g in self.groups: continue
+            self.groups[g] = add_task(self, self.seed)
+            use_task(self, self.groups[g])
+            yield g, features.where(**{'class': classes})
+
     def save(self, folder):
         "Writes `detector.json` (its name, `settings` and `groups`) and `detector.safetensors`."
         folder, name = Path(folder), next((n for n in DETECTORS if DETECTORS[n] is type(self)), type(self).__name__)

@@ -173,7 +173,7 @@ def test_kill_9_then_the_same_command(home):
     assert list_runs(home / 'outputs').state.tolist() == ['running']
     # a second process is told who is at it, and touches nothing
     code, _, err = adflow(home, '--set', 'wait=true')
-    assert code == 2 and f'by process {p.pid}' in err
+    assert code == 75 and f'by process {p.pid}' in err
     p.kill()
     p.communicate()
     again = start(home, '--set', 'wait=true')   # at once, while the orphans may still be dying
@@ -236,8 +236,8 @@ def test_a_kernel_that_dies(home):
     time.sleep(.3)
     os.kill(int(pid.read_text()), signal.SIGKILL)
     _, err = p.communicate(timeout=60)
-    assert p.returncode == 1 and 'Out of memory is the usual reason' in err
-    assert list_runs(home / 'outputs').state.tolist() == ['failed']
+    assert p.returncode == 137 and 'Out of memory is the usual reason' in err
+    assert list_runs(home / 'outputs').state.tolist() == ['killed']
 
 
 # ---- without starting anything -----------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
+from .model import Networks
 from .severity import SEVERITY, OwnHead, severity_loss
 from ..flow.losses import weight_at
-from ..parts import DETECTORS, Detector, PartError, TaskModule, add_task, nearest, use_task
+from ..parts import DETECTORS, PartError, TaskModule
 
 # %% auto #0
 __all__ = ['ResidualStack', 'Pair', 'OwnPair', 'Draem', 'evidence']
@@ -71,9 +72,8 @@ class OwnPair(TaskModule):
 
 # %% ../../nbs/dinomaly/55_discriminative.ipynb #708671d7
 @DETECTORS.register('draem')
-class Draem(Detector):
+class Draem(Networks):
     "Learns to mark synthetic faults, from the faulty features and what it takes for the clean ones (DRAEM, CutPaste)."
-    adapters = 'task'
     def __init__(self,
         dim: int,                        # D, channels per patch
         grid: tuple,                     # (H, W), patches
@@ -105,26 +105,9 @@ class Draem(Detector):
         self.heads = head if head is None or models == 'all' else OwnHead(severity, 2)
         self.faulty = faulty if rebuild or head is not None else None     # None: any faults, of any image
 
-    @property
-    def net(self) -> Pair:
-        "The networks in use."
-        return self.nets if self.models == 'all' else self.nets.own
-    @property
-    def head(self):
-        "The severity head in use, None if there is none."
-        return self.heads if self.models == 'all' or self.heads is None else self.heads.own
-    def group_of(self, task: str, cls: str) -> str: return {'all': 'all', 'class': cls, 'task': task}[self.models]
+
 
 # %% ../../nbs/dinomaly/55_discriminative.ipynb #49d25f26
-@patch
-def use(self: Draem, group: str, x: Tensor) -> Pair:
-    "The networks of a group, after a look at the features they are to get."
-    if group not in self.groups: raise PartError(f"Nothing was learned for '{group}' yet.{nearest(group, self.groups)}")
-    if tuple(x.shape[1:]) != (*self.grid, self.dim):
-        raise ValueError(f'features are {tuple(x.shape[1:])} per image, not {(*self.grid, self.dim)} as built.')
-    use_task(self, self.groups[group])
-    return self.net
-
 @patch
 def loss(self: Draem,
     x: Tensor,                       # (B, H, W, D)
@@ -187,20 +170,7 @@ def learn(self: Draem, task, features, trainer):
     if getattr(trainer, 'defects', None) is None:
         raise PartError('draem learns from synthetic faults, and the learner has none: set pseudo, such as '
                         '{make: faults}.')
-    classes = {}
-    for c in task.classes: classes.setdefault(self.group_of(task.name, c), []).append(c)
-    for g, own in classes.items():
-        if g in self.groups: continue
-        self.groups[g] = add_task(self, self.seed)
-        use_task(self, self.groups[g])
-        part = features.where(**{'class': own})
-        rows = sorted({round(i) for i in torch.linspace(0, len(part) - 1, min(64, len(part))).tolist()})
-        x = part.batch(rows).float().flatten(0, 2)
+    for _, normals in self.new_groups(task, features):
+        x = normals.batch(normals.spread()).float().flatten(0, 2)
         self.net.mean.copy_(x.mean(0)); self.net.std.copy_(x.std(0).clamp_min(1e-6))
     trainer.fit(self, task, features)
-
-@patch
-def make_separate(self: Draem):
-    "Gives every class networks of its own; only before the first is learned."
-    if self.groups: raise PartError('strategy: separate must be chosen before the first task is learned.')
-    if self.models == 'all': self.__init__(**self.settings | {'models': 'class'})

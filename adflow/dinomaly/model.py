@@ -17,10 +17,10 @@ from .network import LayerTokens, Reconstructor
 from .severity import SEVERITY, OwnHead, error_maps, severity_loss
 from ..flow.losses import ever, weight_at
 from ..features.augment import AUGMENT
-from ..parts import DETECTORS, Detector, PartError, TaskModule, add_task, nearest, use_task
+from ..parts import DETECTORS, Detector, PartError, TaskModule, nearest, use_task
 
 # %% auto #0
-__all__ = ['drawing_from', 'as_scoring', 'Net', 'OwnNet', 'Dinomaly']
+__all__ = ['drawing_from', 'as_scoring', 'Net', 'OwnNet', 'Networks', 'Dinomaly']
 
 # %% ../../nbs/dinomaly/53_model.ipynb #f7315752
 @contextmanager
@@ -60,9 +60,41 @@ class OwnNet(TaskModule):
     def task_weights(self, first, generator):
         return Net(**self.args, seed=int(torch.randint(2**31, (1,), generator=generator)))
 
+# %% ../../nbs/dinomaly/53_model.ipynb #5ea7e457
+class Networks(Detector):
+    "A detector with one network, `nets`, for all classes (`models: all`), or one for each class or task."
+    special = 0                      # CLS and registers among the tokens it gets
+
+    @property
+    def net(self) -> nn.Module:
+        "The network in use."
+        return self.nets if self.models == 'all' else self.nets.own
+    @property
+    def head(self):
+        "The severity head in use, None if there is none."
+        return self.heads if self.models == 'all' or self.heads is None else self.heads.own
+    @property
+    def adapters(self) -> str: return 'class' if self.models == 'class' else 'task'
+    def group_of(self, task: str, cls: str) -> str: return {'all': 'all', 'class': cls, 'task': task}[self.models]
+
+    def make_separate(self):
+        "Gives every class a network of its own; only before the first is learned."
+        if self.groups: raise PartError('strategy: separate must be chosen before the first task is learned.')
+        if self.models == 'all': self.__init__(**self.settings | {'models': 'class'})
+
+    def use(self, group: str, x: Tensor) -> nn.Module:
+        "The network of a group, after a look at the features it is to get."
+        if group not in self.groups:
+            raise PartError(f"Nothing was learned for '{group}' yet.{nearest(group, self.groups)}")
+        want = (*self.grid, self.dim) if x.ndim == 4 and not self.special else (
+            self.grid[0] * self.grid[1] + self.special, self.dim)
+        if (got := tuple(x.shape[1:])) != want: raise ValueError(f'features are {got} per image, not {want} as built.')
+        use_task(self, self.groups[group])
+        return self.net
+
 # %% ../../nbs/dinomaly/53_model.ipynb #9dcdeb9a
 @DETECTORS.register('dinomaly')
-class Dinomaly(Detector):
+class Dinomaly(Networks):
     "A small transformer rebuilds the features of a frozen backbone; what it cannot rebuild is anomalous (CVPR 2025)."
     def __init__(self,
         dim: int,                        # ΣD, channels per patch of all layers together
@@ -115,37 +147,9 @@ class Dinomaly(Detector):
         if hasattr(self.augment, 'penalty'):
             raise PartError('augment: stn would learn to make images easy to rebuild; use rotation, or none.')
 
-    @property
-    def net(self) -> Net:
-        "The network in use."
-        return self.nets if self.models == 'all' else self.nets.own
-    @property
-    def head(self):
-        "The severity head in use, None if there is none."
-        return self.heads if self.models == 'all' or self.heads is None else self.heads.own
-    @property
-    def adapters(self) -> str: return 'class' if self.models == 'class' else 'task'
-    def group_of(self, task: str, cls: str) -> str:
-        return {'all': 'all', 'class': cls, 'task': task}[self.models]
+
 
 # %% ../../nbs/dinomaly/53_model.ipynb #33882b7e
-@patch
-def make_separate(self: Dinomaly):
-    "Gives every class a network of its own; only before the first is learned."
-    if self.groups: raise PartError('strategy: separate must be chosen before the first task is learned.')
-    if self.models == 'all': self.__init__(**self.settings | {'models': 'class'})
-
-@patch
-def use(self: Dinomaly, group: str, x: Tensor) -> Net:
-    "The network of a group, after a look at the features it is to get."
-    if group not in self.groups: raise PartError(f"Nothing was learned for '{group}' yet.{nearest(group, self.groups)}")
-    n = self.grid[0] * self.grid[1] + self.special
-    if x.ndim == 4 and not self.special: got, want = tuple(x.shape[1:]), (*self.grid, self.dim)
-    else: got, want = tuple(x.shape[1:]), (n, self.dim)
-    if got != want: raise ValueError(f'features are {got} per image, not {want} as built.')
-    use_task(self, self.groups[group])
-    return self.net
-
 @patch
 def loss(self: Dinomaly,
     x: Tensor,                       # (B, H, W, ΣD), or tokens (B, S + H·W, ΣD)
@@ -225,14 +229,7 @@ def learn(self: Dinomaly, task, features, trainer):
     if self.faulty and getattr(trainer, 'defects', None) is None:
         raise PartError('severity: head learns from faulty copies of normal images, and the learner has none; give it '
                         '`make_faults(features)`, in YAML pseudo: {make: faults}.')
-    classes = {}
-    for c in task.classes: classes.setdefault(self.group_of(task.name, c), []).append(c)
-    for g, own in classes.items():
-        if g in self.groups: continue
-        self.groups[g] = add_task(self, self.seed)
-        use_task(self, self.groups[g])
-        part = features.where(**{'class': own})
-        rows = sorted({round(i) for i in torch.linspace(0, len(part) - 1, min(64, len(part))).tolist()})
-        self.net.tokens.measure(part.batch(rows).to(next(self.parameters()).device))
+    for _, normals in self.new_groups(task, features):
+        self.net.tokens.measure(normals.batch(normals.spread()).to(next(self.parameters()).device))
     trainer.fit(self, task, features)
     set_progress(self, 1.)

@@ -9,16 +9,16 @@ import math
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import f1_score, precision_recall_curve
 
-from .metrics import threshold_from_normals
+from .metrics import IMAGE_METRICS, image_metrics, threshold_from_normals
 
 # %% auto #0
 __all__ = ['RANKING', 'COMPARISONS', 'tpr_at_fpr', 'ranking_metrics', 'promised', 'compare', 'transfer', 'auroc', 'interval',
-           'line_scores', 'hit_rate']
+           'hit_rate']
 
 # %% ../../nbs/evaluate/77_protocol.ipynb #d09c5e32
-RANKING = ('image_auroc', 'image_aupr', 'image_f1max', 'image_precision_at_90', 'image_tpr_at_1', 'image_tpr_at_5')
+RANKING = (*IMAGE_METRICS, 'image_precision_at_90', 'image_tpr_at_1', 'image_tpr_at_5')
 
 def tpr_at_fpr(
     scores,                      # (N,), higher is more anomalous
@@ -40,10 +40,9 @@ def ranking_metrics(
     if not np.isfinite(scores).all(): raise ValueError(f'{(~np.isfinite(scores)).sum()} scores are not finite.')
     if labels.min(initial=1) == labels.max(initial=0) or not len(labels): return dict.fromkeys(RANKING, math.nan)
     precision, recall, _ = precision_recall_curve(labels, scores)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return dict(zip(RANKING, map(float, (
-        roc_auc_score(labels, scores), average_precision_score(labels, scores), f1.max(),
-        precision[recall >= .9 - 1e-12].max(), tpr_at_fpr(scores, labels, .01), tpr_at_fpr(scores, labels, .05)))))
+    return image_metrics(scores, labels) | {
+        'image_precision_at_90': float(precision[recall >= .9 - 1e-12].max()),
+        'image_tpr_at_1': tpr_at_fpr(scores, labels, .01), 'image_tpr_at_5': tpr_at_fpr(scores, labels, .05)}
 
 # %% ../../nbs/evaluate/77_protocol.ipynb #3823c658
 def promised(
@@ -127,28 +126,12 @@ def interval(
     return (float(own), *map(float, np.quantile(found, [(1 - level) / 2, (1 + level) / 2])))
 
 # %% ../../nbs/evaluate/77_protocol.ipynb #19325cc6
-def line_scores(
-    maps,                        # (N, H, W) score maps on the grid of teeth; NaN where a pair never met
-    share: float = .25,          # of a line's cells that count as its worst: a fault is seen in some of them only
-) -> tuple[np.ndarray, np.ndarray]: # rows (N, H), columns (N, W)
-    "The mean of the worst cells of every row and column."
-    maps = np.asarray(maps, float)
-    def worst(x):
-        k = max(round(share * x.shape[-1]), 1)
-        top = -np.sort(-x, -1)[..., :k]                          # NaN sorts last
-        n = np.isfinite(top).sum(-1)
-        return np.where(n, np.nansum(top, -1) / np.maximum(n, 1), -np.inf)
-    return worst(maps), worst(maps.swapaxes(1, 2))
-
 def hit_rate(
-    maps,                        # (N, H, W) score maps of faulty images
-    tooth,                       # (N,) the faulty row or column of the grid
-    axis: str = 'row',           # or column
-    near: int = 0,               # how many teeth beside it still count; the first is beside the last
-    share: float = .25,          # see `line_scores`
+    said,                        # (N,) the tooth that was named: a row or column of the grid
+    tooth,                       # (N,) the faulty one
+    teeth: int,                  # of the gear
+    near: int = 0,               # how many beside it still count
 ) -> float:
-    "How often the line that scores highest is the faulty one."
-    if axis not in ('row', 'column'): raise ValueError(f"axis: '{axis}' is not row or column.")
-    lines = line_scores(maps, share)[axis == 'column']
-    d = np.abs(lines.argmax(1) - np.asarray(tooth, float)) % lines.shape[1]
-    return float((np.minimum(d, lines.shape[1] - d) <= near).mean())
+    "How often the right tooth is named; NaN if none was."
+    d = np.abs(np.asarray(said, float) - np.asarray(tooth, float)) % teeth
+    return float((np.minimum(d, teeth - d) <= near).mean()) if len(d) else math.nan

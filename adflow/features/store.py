@@ -78,6 +78,10 @@ class FeatureSet:
             out[mine] = self.parts[p][name][at[mine, 1]]
         return torch.from_numpy(out).to(self.device)
 
+    def spread(self, most: int = 64) -> list[int]:
+        "At most so many rows, spread evenly over the set."
+        return sorted({round(i) for i in torch.linspace(0, len(self) - 1, min(most, len(self))).tolist()})
+
     def batch(self, rows) -> Tensor:
         "`(b, H, W, D)` float32 on `device`, in the order of `rows` (positions, a slice of them, or a mask)."
         return self._gather(np.arange(len(self))[rows], 'features').float()

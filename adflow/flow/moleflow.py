@@ -187,12 +187,7 @@ def group_of(self: MoLEFlow, task: str, cls: str) -> str: return cls if self.ada
 @patch
 def learn(self: MoLEFlow, task, features, trainer):
     "Makes room for the task's groups (unless a resumed run already has), lets parts look at data, and trains."
-    groups = {}
-    for c in task.classes: groups.setdefault(self.group_of(task.name, c), []).append(c)
-    for g, classes in groups.items():
-        if g in self.groups: continue
-        self.groups[g] = add_task(self, self.seed)
-        self.start(g, features.where(**{'class': classes}))
+    for g, normals in self.new_groups(task, features): self.start(g, normals)
     trainer.fit(self, task, features)
     trained, task_of = {}, getattr(trainer, 'task_of', {})
     for c in dict.fromkeys(features.index['class']):
@@ -211,9 +206,8 @@ def start(self: MoLEFlow,
 ):
     "Parts that start from data (ActNorm, PCA) see some of it once, before training."
     use_task(self, self.groups[group])
-    rows = sorted({round(i) for i in torch.linspace(0, len(features) - 1, min(images, len(features))).tolist()})
     if any(type(m).observe is not TaskModule.observe for m in self.modules() if isinstance(m, TaskModule)):
-        x = features.batch(rows)
+        x = features.batch(features.spread(images))
         with observing(self):
             for v, flow in zip(self.scorer.views, self.in_use()): flow(x[..., v['channels']])
 

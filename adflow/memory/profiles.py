@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..parts import DETECTORS, Detector, PartError, TaskModule, add_task, nearest
+from ..parts import DETECTORS, Detector, PartError, TaskModule, nearest
 
 # %% auto #0
 __all__ = ['profile', 'Normals', 'Groups', 'MapControl', 'Profile', 'MaxPixel']
@@ -64,8 +64,7 @@ class MapControl(Detector):
         if not 0 <= (trim := self.settings.get('trim', 0)) < .5:
             raise PartError(f'detector {name}: trim={trim} is outside [0, .5).')
 
-    def owner(self, task: str, cls: str) -> str: return cls if self.adapters == 'class' else task
-    def group_of(self, task: str, cls: str) -> str: return self.owner(task, cls)
+    def group_of(self, task: str, cls: str) -> str: return cls if self.adapters == 'class' else task
     def fit(self, own: Normals, maps: Tensor): "Override: what is kept of the normal maps (N, H, W)."
 
     def amplitudes(self, features: Tensor) -> Tensor:     # (B, H, W, 1) → (B, H, W)
@@ -78,11 +77,7 @@ class MapControl(Detector):
     @torch.no_grad()
     def learn(self, task, features, trainer=None):
         "Measures the normal maps of the task's groups; the trainer has nothing to do."
-        classes = {}
-        for c in task.classes: classes.setdefault(self.owner(task.name, c), []).append(c)
-        for g, cs in classes.items():
-            if g not in self.groups: self.groups[g] = add_task(self, self.seed)
-            part = features.where(**{'class': cs})
+        for g, part in self.new_groups(task, features):
             self.fit(self.normals.tasks[self.groups[g]].to(self.normals.place.device),
                      self.amplitudes(part.batch(range(len(part)))).to(self.normals.place.device))
 

@@ -4,11 +4,12 @@
 
 # %% ../../nbs/workbook/92_launch.ipynb #36d7f5b6
 from __future__ import annotations
-import ctypes, html, json, os, re, resource, shutil, signal, subprocess, sys, tempfile, time
+import ctypes, html, json, math, os, re, resource, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 
 import adflow
 from ..evaluate.metrics import METRICS
@@ -17,10 +18,22 @@ from .runs import (RunFolder, check_code, code_hash, environment, last_stage, no
                                   update_manifest, write_file)
 
 # %% auto #0
-__all__ = ['without_progress', 'report', 'failure', 'run', 'show']
+__all__ = ['bar_of', 'without_progress', 'gpu_memory', 'report', 'failure', 'run', 'show']
 
 # %% ../../nbs/workbook/92_launch.ipynb #b5d9f833
 _BAR = re.compile(r'^[^\r\n]*?\[[^\]\r\n]*\d\d:\d\d[^\]\r\n]*\]')  # "train:  50%|██  | 1/2 [00:01<00:01, 1.0it/s]"
+
+_COUNT = re.compile(r'^\s*(.*?):?\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[[\d:]+<([\d:?]+)[^\]]*?(?:loss=([-+\w.]+))?\]')
+
+def bar_of(
+    text: str,    # what came through stderr
+) -> dict:        # doing, done, of, left ('MM:SS', as tqdm guesses), loss; {} without a bar
+    "What the last progress bar says."
+    for piece in reversed(re.split(r'[\r\n]', re.sub(r'\x1b\[[0-9;]*[AKJ]', '', text))):
+        if m := _COUNT.match(piece):
+            told = dict(doing=m[1], done=int(m[2]), of=int(m[3]), left=m[4])
+            return told | ({'loss': float(m[5])} if m[5] else {})
+    return {}
 
 def without_progress(
     text: str,    # what came through stderr
@@ -60,7 +73,36 @@ def _kernel_manager(lock_fd: int | None):
 
 _child_kernel: list = []  # the kernel manager of this process, for its signal handler
 
-def _engine(lock_fd: int | None):
+def gpu_memory(pid: int) -> float | None:
+    "GiB that a process has on its GPUs, as nvidia-smi tells; None without one."
+    if not shutil.which('nvidia-smi'): return None
+    ask = ['nvidia-smi', '--query-compute-apps=pid,used_gpu_memory', '--format=csv,noheader,nounits']
+    try: rows = subprocess.run(ask, capture_output=True, text=True, timeout=5).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError): return None
+    rows = [r.replace(' ', '').split(',') for r in rows]
+    used = [int(r[1]) for r in rows if r[0] == str(pid) and r[1].isdigit()]
+    return round(sum(used) / 2**10, 2) if used else None
+
+class _Progress:
+    "Keeps `.progress.json` in the folder of a run: which cell, which bar, how much memory. For those who watch."
+    def __init__(self, folder, cells: int):
+        self.file, self.began, self.at = Path(folder)/'.progress.json', time.monotonic(), -math.inf
+        self.asked = -math.inf
+        self.told = dict(cell=0, cells=cells, section='')
+    def tell(self, **more):
+        self.told |= more
+        if (t := time.monotonic()) - self.at < 2: return
+        self.at, pid = t, getattr(getattr(_child_kernel[-1], 'provisioner', None), 'pid', 0) if _child_kernel else 0
+        try: memory = dict(memory_gib=round(psutil.Process(pid).memory_info().rss / 2**30, 2)) if pid else {}
+        except psutil.Error: memory = {}
+        if pid and t - self.asked > 15: self.asked, self.told['gpu_gib'] = t, gpu_memory(pid)
+        text = json.dumps(self.told | memory | {'minutes': round((t - self.began) / 60, 2), 'kernel': pid})
+        try:                                        # a watcher's convenience never stops a run
+            (temporary := self.file.with_suffix('.tmp')).write_text(text)
+            os.replace(temporary, self.file)
+        except OSError: pass
+
+def _engine(lock_fd: int | None, folder: Path):
     "A papermill engine that passes progress on and keeps it out of the notebook."
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
@@ -71,6 +113,7 @@ def _engine(lock_fd: int | None):
             if msg['msg_type'] == 'stream' and content['name'] == 'stderr':
                 sys.stderr.write(content['text'])
                 sys.stderr.flush()
+                if bar := bar_of(content['text']): self.progress.tell(**bar)
                 content['text'] = without_progress(content['text'])
                 if not content['text']: return None
             if 'application/vnd.jupyter.widget-view+json' in content.get('data', {}):
@@ -81,15 +124,19 @@ def _engine(lock_fd: int | None):
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
-            start = nb_man.cell_start
+            start, progress = nb_man.cell_start, _Progress(folder, len(nb_man.nb.cells))
             def cell_start(cell, cell_index=None, **more):
+                progress.tell(cell=cell_index or 0)
                 if cell.cell_type == 'markdown':
                     for line in re.findall(r'^##?#? (.+)$', cell.source, re.M):
                         print(f'── {line}', file=sys.stderr, flush=True)
+                        progress.told |= dict(section=line, doing='')
                 return start(cell, cell_index, **more)
             nb_man.cell_start = cell_start
-            return Client(nb_man, kernel_manager_class=_kernel_manager(lock_fd), kernel_name=kernel_name, timeout=None,
-                          startup_timeout=kw.get('start_timeout', 120)).execute()
+            client = Client(nb_man, kernel_manager_class=_kernel_manager(lock_fd), kernel_name=kernel_name,
+                            timeout=None, startup_timeout=kw.get('start_timeout', 120))
+            client.progress = progress
+            return client.execute()
     return Engine
 
 # %% ../../nbs/workbook/92_launch.ipynb #ff5b4f7c
@@ -198,11 +245,11 @@ def _child(partial: Path, notebook: Path, parent: int, lock_fd: int) -> int:
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
     from papermill.execute import execute_notebook
-    papermill_engines.register('adflow', _engine(lock_fd))
-    began, injected = time.time(), read_json(partial/'.inject.json')
+    papermill_engines.register('adflow', _engine(lock_fd, partial))
+    began, injected, ended = time.monotonic(), read_json(partial/'.inject.json'), 'failed'
     def end(state, **more):
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # KiB on Linux; of the kernel
-        update_manifest(partial, state=state, ended=now(), minutes=round((time.time() - began) / 60, 2),
+        update_manifest(partial, state=state, ended=now(), minutes=round((time.monotonic() - began) / 60, 2),
                         peak_memory_gib=round(peak, 2), **more)
     kept, name = partial/'notebook.ipynb', f'{partial.parent.name}/{partial.name}'
     try:
@@ -214,17 +261,18 @@ def _child(partial: Path, notebook: Path, parent: int, lock_fd: int) -> int:
         told = ('the kernel died without a word. Out of memory is the usual reason: look at `dmesg`, use a smaller '
                 'batch, '
                                     'or give it more memory.')
+        ended = 'killed'
     else:
         try: report(kept, partial/'report.html')
         except Exception as e: told = f'the notebook ran, but its report could not be made: {type(e).__name__}: {e}'
         else:
-            (partial/'.inject.json').unlink()
+            for name in ('.inject.json', '.progress.json'): (partial/name).unlink(missing_ok=True)
             end('done', error=None)
             return 0
-    end('failed', error=told.split('\n')[0])
+    end(ended, error=told.split('\n')[0])
     print(f'\nadflow: {name}: {told}\n\nKept: {kept}\nThe same command resumes from the last checkpoint; --force '
           'starts over.', file=sys.stderr)
-    return 1
+    return {'failed': 1, 'killed': 137}[ended]
 
 # %% ../../nbs/workbook/92_launch.ipynb #9eb7c2c8
 def _environment() -> dict:
@@ -268,6 +316,7 @@ def run(
     name: str | None = None,      # another name for the run
 ) -> int:                         # exit code: 0 when the run is done
     "Executes a run, or resumes it, or says that it is done; prints where everything is, and the table."
+    if parent := os.environ.pop('ADFLOW_PARENT', None): _die_with(int(parent))      # a sweep that is gone
     params = load(params_file, sets, name)
     code = code_hash(params.notebook)
     with RunFolder(outputs, params) as folder:

@@ -15,12 +15,16 @@ from ..evaluate.metrics import EVALUATOR, METRICS
 from .params import Params, checkout, params_hash, read_notebook, read_yaml
 
 # %% auto #0
-__all__ = ['RunError', 'now', 'write_file', 'read_json', 'update_manifest', 'environment', 'Light', 'Run', 'differences',
-           'code_hash', 'check_code', 'RunFolder', 'last_stage', 'list_runs']
+__all__ = ['RunError', 'RunBusy', 'now', 'write_file', 'read_json', 'update_manifest', 'environment', 'Light', 'Run',
+           'differences', 'code_hash', 'check_code', 'RunFolder', 'last_stage', 'run_state', 'list_runs']
 
 # %% ../../nbs/workbook/91_runs.ipynb #c3e7df97
 class RunError(ValueError):
     "A run folder is in the way, in use, or not what it should be; says what to do."
+
+class RunBusy(RunError):
+    "Another process works on the run."
+    exit_code = 75        # EX_TEMPFAIL: later it may do
 
 def now() -> str:
     "UTC, ISO 8601, to the second."
@@ -260,7 +264,7 @@ class RunFolder:
                 alive = pid.isdigit() and psutil.pid_exists(int(pid))
                 if i >= (5 if alive else 99):  # the kernel of a killed launcher goes within seconds: wait for it
                     os.close(fd)
-                    raise RunError(f'{self.params.experiment}/{self.params.name} is being worked on by process '
+                    raise RunBusy(f'{self.params.experiment}/{self.params.name} is being worked on by process '
                                    f'{pid or "?"} on this machine. '
                                    'Wait for it, or run beside it with --name.') from None
                 time.sleep(.2)
@@ -320,6 +324,16 @@ def _held(lock_file: Path) -> bool:
     except BlockingIOError: return True
     finally: os.close(fd)
     return False
+
+def run_state(
+    folder,                # where a run is when it is done
+) -> str:                  # done, running, failed, killed, or new: nothing is there
+    "How far a run is."
+    folder = Path(folder)
+    if read_json(folder/'manifest.json').get('state') == 'done': return 'done'
+    if _held(folder.with_name(f'.{folder.name}.lock')): return 'running'
+    state = read_json(folder.with_name(f'.{folder.name}.partial')/'manifest.json').get('state')
+    return {None: 'new', 'failed': 'failed', 'done': 'done'}.get(state, 'killed')
 
 def list_runs(
     outputs='outputs',     # folder of all runs

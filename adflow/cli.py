@@ -50,6 +50,7 @@ def _watch(outputs) -> int:
     _print_table(running_now(outputs).drop(columns=['gpu_gib']))      # not a terminal: once
     return 0
 
+# %% ../nbs/99_cli.ipynb #1a79a57e
 def _runs(args) -> int:
     from adflow.workbook.runs import list_runs
     if args.watch: return _watch(args.outputs)
@@ -75,6 +76,7 @@ def _print_table(frame):
     for _, r in frame.iterrows(): table.add_row(*(cell(k, r[k]) for k in frame))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
+# %% ../nbs/99_cli.ipynb #b0937f25
 def import_all() -> list[str]:
     "Imports every module of adflow, so that all registries are filled; their names."
     import pkgutil
@@ -284,6 +286,23 @@ def _one_by_one(argv: list[str]) -> list[str]:
         before = word
     return out
 
+# %% ../nbs/99_cli.ipynb #ab492f53
+def _sweep_options(c):
+    c.add_argument('params', help='a YAML of params/sweeps')
+    c.add_argument('--set', action='append', default=[], metavar='a.b=value', help='change a parameter of all runs')
+    c.add_argument('--name', help='another name for the sweep')
+    c.add_argument('--outputs', default='outputs', help='folder of all runs (default: ./outputs)')
+    c.add_argument('--dry-run', action='store_true', help='show the plan and stop')
+    c.add_argument('--max-runs', type=int, default=0, help='start at most so many')
+    c.add_argument('--retry-failed', action='store_true', help='also runs that failed in a former call')
+    c.add_argument('--retries', type=int, default=3, help='how often a killed run is started again (default: 3)')
+    c.add_argument('--min-free', type=float, default=.5, help='GiB that must be free on the disk (default: 0.5)')
+    c.add_argument('--executor', default='local', help='where: adflow parts executor (default: local)')
+    c.add_argument('--gpus', help='which, such as 0,1,4,5; auto: all; none: the CPU')
+    c.add_argument('--workers', type=int, help='runs at a time on each GPU, or on the CPU')
+    c.add_argument('--threads', type=int, help='of each run')
+    c.add_argument('--address', help='of a cluster, for ray')
+
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
     p = argparse.ArgumentParser('adflow', description='A research workbook for industrial anomaly detection.')
@@ -303,22 +322,8 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--outputs', default='outputs', help='folder of all runs (default: ./outputs)')
     c.add_argument('--force', action='store_true',
                    help='start over; a finished run is replaced when the new one is done')
-    c = command('sweep', _sweep, 'show the plan of many runs and execute what is not done: '
-                                 'adflow sweep params/sweeps/ranks.yaml')
-    c.add_argument('params', help='a YAML of params/sweeps')
-    c.add_argument('--set', action='append', default=[], metavar='a.b=value', help='change a parameter of all runs')
-    c.add_argument('--name', help='another name for the sweep')
-    c.add_argument('--outputs', default='outputs', help='folder of all runs (default: ./outputs)')
-    c.add_argument('--dry-run', action='store_true', help='show the plan and stop')
-    c.add_argument('--max-runs', type=int, default=0, help='start at most so many')
-    c.add_argument('--retry-failed', action='store_true', help='also runs that failed in a former call')
-    c.add_argument('--retries', type=int, default=3, help='how often a killed run is started again (default: 3)')
-    c.add_argument('--min-free', type=float, default=.5, help='GiB that must be free on the disk (default: 0.5)')
-    c.add_argument('--executor', default='local', help='where: adflow parts executor (default: local)')
-    c.add_argument('--gpus', help='which, such as 0,1,4,5; auto: all; none: the CPU')
-    c.add_argument('--workers', type=int, help='runs at a time on each GPU, or on the CPU')
-    c.add_argument('--threads', type=int, help='of each run')
-    c.add_argument('--address', help='of a cluster, for ray')
+    _sweep_options(command('sweep', _sweep, 'show the plan of many runs and execute what is not done: '
+                                            'adflow sweep params/sweeps/ranks.yaml'))
     c = command('runs', _runs, 'list all runs')
     c.add_argument('--outputs', default='outputs', help='folder of all runs (default: ./outputs)')
     c.add_argument('--json', action='store_true')
@@ -333,6 +338,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--bench', action='store_true', help='also the measurements flagged bench, which take minutes each')
     return p
 
+# %% ../nbs/99_cli.ipynb #9c74d2a8
 def main(
     argv: list[str] | None = None,  # default: sys.argv
 ) -> int:                           # exit code: 0 done, 1 failed, 2 a mistake in what was asked for

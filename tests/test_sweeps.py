@@ -1,0 +1,228 @@
+"""Sweeps: what is killed goes on, what fails is told, two at once do not step on each other, the table is the same."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+
+from adflow.sweeps.execute import Local, execute, result_table, state_table
+from adflow.sweeps.plan import Sweep, SweepError, plan_table
+from adflow.workbook.runs import read_json
+
+ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(
+    [str(Path(__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]))
+CELLS = ['''
+x: float = 1.      # what is measured
+steps: int = 3     # of .2 s each, with a checkpoint after each
+fail: str = ''     # what to raise
+seed: int = 0      # of the noise
+run_dir: str = ''  # set by the launcher
+''', '''
+import json, os, random, time
+import pandas as pd
+from adflow.workbook.runs import Run, write_file
+run = Run(run_dir)
+file = run.checkpoint/'state.json'
+state = json.loads(file.read_text()) if file.is_file() else {'step': 0, 'sum': 0.}
+for i in range(state['step'], steps):
+    time.sleep(.2)
+    state = {'step': i + 1, 'sum': state['sum'] + x * random.Random(seed * 1000 + i).random()}
+    write_file(file, json.dumps(state))
+if fail == 'value': raise ValueError('as you asked')
+if fail == 'memory': raise MemoryError('CUDA out of memory')
+run.metrics(pd.DataFrame([dict(stage=0, task='a', routed=True, image_auroc=state['sum'])]))
+''']
+
+
+@pytest.fixture
+def home(tmp_path):
+    "A folder with a small experiment and its base file."
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS])
+    nb.cells[0].metadata['tags'] = ['parameters']
+    for d in ('nbs/experiments', 'params/tiny', 'params/sweeps'): (tmp_path / d).mkdir(parents=True)
+    nbformat.write(nb, tmp_path / 'nbs/experiments/tiny.ipynb')
+    (tmp_path / 'params/tiny/base.yaml').write_text('steps: 3\n')
+    return tmp_path
+
+def sweep_of(home, outputs='outputs', name='s', **spec):
+    file = home / f'params/sweeps/{name}.yaml'
+    file.write_text(json.dumps(dict(base='../tiny/base.yaml') | spec))
+    return Sweep(file, home / outputs)
+
+def command(home, *more, name='s', outputs='outputs', workers=2):
+    return [sys.executable, '-m', 'adflow.cli', 'sweep', str(home / f'params/sweeps/{name}.yaml'), '--outputs',
+            str(home / outputs), '--gpus', 'none', '--workers', str(workers), *more]
+
+def expected(sweep):
+    "What every run must end with, computed without any of adflow."
+    out = []
+    for r in sweep.runs:
+        v, total = r.params.values, 0.
+        for i in range(v['steps']): total += v['x'] * random.Random(v['seed'] * 1000 + i).random()
+        out.append(total)
+    return out
+
+def found(sweep): return result_table(sweep)['image_auroc'].tolist()
+
+
+def test_plan_and_dry_run(home, capsys):
+    from adflow.cli import main
+    sweep_of(home, grid={'x': [1., 2.]}, seeds=[0, 1])
+    assert main(command(home, '--dry-run')[3:]) == 0
+    said = capsys.readouterr().out
+    assert '4 runs, 4 new; 2 at a time' in said and 'tiny/base+x-1+seed-0+' in said
+    assert not (home / 'outputs').exists()
+    (home / 'params/sweeps/s.yaml').write_text('{base: ../tiny/base.yaml, grid: {x: [much]}}')
+    assert main(command(home)[3:]) == 2 and "run base+x-much" in capsys.readouterr().err
+    (home / 'params/sweeps/s.yaml').write_text('{base: ../tiny/base.yaml}')
+    assert main(command(home, '--address', 'auto')[3:]) == 2
+    assert "executor 'local' takes no 'address'" in capsys.readouterr().err
+
+
+def test_outputs_that_cannot_be_written(home):
+    (home / 'outputs').write_text('a file is in the way')
+    sweep = sweep_of(home, seeds=[0])
+    with pytest.raises(SweepError, match='cannot be made.*--outputs'): execute(sweep, Local(workers=1, gpus='none'))
+
+
+class Fake:
+    "An executor that ends runs as a script says, at once."
+    slots = 2
+    def __init__(self, sweep, codes): self.sweep, self.codes, self.running, self.asked = sweep, codes, {}, []
+    def start(self, name, command, log):
+        self.asked.append(name); self.running[name] = self.codes[name].pop(0) if self.codes.get(name) else 0
+    def finished(self):
+        ended = list(self.running.items())
+        for name, code in ended:
+            run = next(r for r in self.sweep.runs if r.name == name)
+            state = {0: 'done', 1: 'failed'}.get(code)
+            folder = self.sweep.final(run) if code == 0 else self.sweep.partial(run)
+            if state:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / 'manifest.json').write_text(json.dumps(dict(state=state, error='cell 2 failed: x')))
+        self.running = {}
+        return ended
+    def stop(self): self.running = {}
+
+def test_what_exit_codes_mean(home):
+    "Killed runs are tried again, three times by default; a failed one is not; a locked one waits."
+    sweep = sweep_of(home, seeds=[0, 1, 2, 3])
+    a, b, c, d = [r.name for r in sweep.runs]
+    fake = Fake(sweep, {a: [-9, 137], b: [1], c: [-9] * 9, d: [75, 0]})
+    said = []
+    out = execute(sweep, fake, say=said.append)
+    assert sorted(out.done) == sorted([a, d]) and set(out.failed) == {b, c} and out.left == []
+    assert [fake.asked.count(n) for n in (a, b, c, d)] == [3, 1, 4, 2]
+    assert sum('killed' in s for s in said) == 6 and sum('FAILED' in s for s in said) == 2
+    again = Fake(sweep, {})
+    out = execute(sweep, again, say=said.append)         # failed ones only when asked for; killed ones always
+    assert again.asked == [c] and set(out.failed) == {b}
+    again = Fake(sweep, {})
+    out = execute(sweep, again, retry_failed=True, say=said.append)
+    assert again.asked == [b] and len(out.done) == 4 and not out.failed
+
+def test_a_clock_that_jumps(home, monkeypatch):
+    "Nothing in the loop trusts the wall clock."
+    sweep = sweep_of(home, seeds=[0, 1, 2])
+    monkeypatch.setattr(time, 'time', lambda t=iter(range(10**9, 0, -10**6)): next(t))
+    out = execute(sweep, Fake(sweep, {sweep.runs[0].name: [75]}), say=str)
+    assert len(out.done) == 3
+
+def test_max_runs_and_disk(home):
+    sweep = sweep_of(home, seeds=[0, 1, 2])
+    fake = Fake(sweep, {})
+    out = execute(sweep, fake, max_runs=2, say=str)
+    assert len(out.done) == 2 and len(out.left) == 1 and len(fake.asked) == 2
+    out = execute(sweep, fake, min_free=1e9, say=str)
+    assert len(out.left) == 1 and 'make room' in out.stopped and len(fake.asked) == 2
+    states = [json.loads(line)['state'] for line in (sweep.folder / 'status.jsonl').read_text().splitlines()]
+    assert sorted(states) == ['done', 'done', 'new']
+
+
+@pytest.mark.slow
+def test_failures_are_told(home):
+    sweep = sweep_of(home, variants={'good': {}, 'raises': {'fail': 'value'}, 'memory': {'fail': 'memory'}})
+    p = subprocess.run(command(home), env=ENV, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 1 and 'ValueError: as you asked' in p.stdout and 'CUDA out of memory' in p.stdout
+    assert '1 done, 2 failed, 0 left' in p.stdout and found(sweep) == expected(sweep)[:1]
+    kept = sweep.partial(sweep.runs[1]) / 'notebook.ipynb'
+    assert str(kept) in p.stdout and kept.is_file()
+
+
+def children_of(pid):
+    try: return [p for p in psutil.Process(pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    except psutil.NoSuchProcess: return []
+
+def survive(home, sweep, kills, seed=0, limit=900, workers=2):
+    "Runs a sweep to its end although random ones of its processes, the launcher too, are killed. How many were."
+    rng, begun, done = random.Random(seed), time.monotonic(), 0
+    while True:
+        p = subprocess.Popen(command(home, workers=workers), env=ENV, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL, start_new_session=True)
+        pause = rng.uniform(2, 6)
+        while p.poll() is None:
+            assert time.monotonic() - begun < limit, state_table(sweep, plan_table(sweep))
+            time.sleep(.1)
+            if done >= kills: continue
+            pause -= .1
+            if pause > 0: continue
+            pause = rng.uniform(2, 6)
+            victims = [psutil.Process(p.pid), *children_of(p.pid)]
+            victim = victims[0] if done % 4 == 3 else rng.choice(victims)
+            try: victim.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess: continue
+            done += 1
+        if p.returncode == 0: return done
+        assert p.returncode in (-9, 1), p.returncode     # the launcher was killed: the same command again
+
+@pytest.mark.slow
+def test_random_kills_change_nothing(home):
+    "Of launchers, kernels and whatever else belongs to a sweep. ADFLOW_KILLS=10 ADFLOW_RUNS=24 for the long version."
+    runs, kills = int(os.environ.get('ADFLOW_RUNS', 6)), int(os.environ.get('ADFLOW_KILLS', 4))
+    sweep = sweep_of(home, sets={'steps': 10}, grid={'x': [1., 2.]}, seeds=list(range(runs // 2)))
+    assert survive(home, sweep, kills) == kills
+    assert found(sweep) == expected(sweep)
+    starts = [len(read_json(sweep.final(r) / 'manifest.json')['starts']) for r in sweep.runs]
+    assert max(starts) > 1                                # some run really was resumed
+    assert not list((home / 'outputs/tiny').glob('.*.partial'))
+
+@pytest.mark.slow
+def test_two_at_once(home):
+    "Two sweeps that share runs, and one of them started twice: every run is executed once."
+    first = sweep_of(home, name='a', seeds=[0, 1, 2])
+    second = sweep_of(home, name='b', seeds=[1, 2, 3])
+    shared = {r.name for r in first.runs} & {r.name for r in second.runs}
+    assert len(shared) == 2
+    calls = [subprocess.Popen(command(home, name=n, workers=1), env=ENV, stdout=subprocess.PIPE, text=True)
+             for n in ('a', 'b', 'a')]
+    said = [p.communicate(timeout=300)[0] for p in calls]
+    assert [p.returncode for p in calls] == [0, 0, 0], said
+    assert found(first) == expected(first) and found(second) == expected(second)
+    for s in (first, second):
+        for r in s.runs: assert len(read_json(s.final(r) / 'manifest.json')['starts']) == 1
+
+@pytest.mark.slow
+def test_stopping_leaves_nothing_behind(home):
+    sweep = sweep_of(home, sets={'steps': 100}, seeds=[0, 1])
+    p = subprocess.Popen(command(home), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if sum(sweep.state(r) == 'running' and (sweep.partial(r) / 'checkpoint/state.json').is_file()
+               for r in sweep.runs) == 2: break
+        time.sleep(.1)
+    family = children_of(p.pid)
+    assert len(family) >= 4
+    p.terminate()
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and 'the same command goes on' in err
+    psutil.wait_procs(family, timeout=20)
+    assert not [c for c in family if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
+    assert [sweep.state(r) for r in sweep.runs] == ['killed', 'killed']
+    assert pd.notna(state_table(sweep, plan_table(sweep))['state']).all()

@@ -73,6 +73,7 @@ def _kernel_manager(lock_fd: int | None):
 
 _child_kernel: list = []  # the kernel manager of this process, for its signal handler
 
+# %% ../../nbs/workbook/92_launch.ipynb #0abe1116
 def gpu_memory(pid: int) -> float | None:
     "GiB that a process has on its GPUs, as nvidia-smi tells; None without one."
     if not shutil.which('nvidia-smi'): return None
@@ -102,6 +103,7 @@ class _Progress:
             os.replace(temporary, self.file)
         except OSError: pass
 
+# %% ../../nbs/workbook/92_launch.ipynb #ed8b97e1
 def _engine(lock_fd: int | None, folder: Path):
     "A papermill engine that passes progress on and keeps it out of the notebook."
     from papermill.clientwrap import PapermillNotebookClient

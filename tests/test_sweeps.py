@@ -87,6 +87,16 @@ def test_plan_and_dry_run(home, capsys):
     assert "executor 'local' takes no 'address'" in capsys.readouterr().err
 
 
+BUILT_IN = sorted((Path(__file__).resolve().parents[1] / 'params/sweeps').glob('*.yaml'))
+
+@pytest.mark.parametrize('file', BUILT_IN, ids=lambda f: f.stem)
+def test_built_in_sweeps(file, tmp_path, monkeypatch):
+    "Every run of every sweep that comes with adflow resolves, and says in its first line what it asks."
+    monkeypatch.setattr('adflow.sweeps.plan.data_version', lambda values: '')
+    sweep = Sweep(file, tmp_path)
+    assert len(sweep) > 1 and file.read_text().startswith('# ')
+    assert len({r.readable for r in sweep.runs}) == len({r.id for r in sweep.runs}) == len(sweep)
+
 def test_outputs_that_cannot_be_written(home):
     (home / 'outputs').write_text('a file is in the way')
     sweep = sweep_of(home, seeds=[0])

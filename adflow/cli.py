@@ -4,7 +4,7 @@
 
 # %% ../nbs/99_cli.ipynb #374489c9
 from __future__ import annotations
-import argparse, importlib, importlib.metadata, importlib.util, json, os, platform, re, shutil, subprocess, sys, time
+import argparse, importlib, importlib.metadata, importlib.util, json, os, platform, re, shutil, sys, time
 from pathlib import Path
 
 from . import __version__
@@ -195,15 +195,21 @@ def _doctor(args) -> int:
     return int(any(x[0] == 'fail' for x in lines))
 
 # %% ../nbs/99_cli.ipynb #e264685d
-_ONE_NOTEBOOK = '''
-import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
-skip = get_config().tst_flags.split()
-ok, _ = test_nb(Path(sys.argv[1]), skip_flags=skip, force_flags=sys.argv[2].split(), basepath=get_config().config_path)
-sys.exit(0 if ok else 1)
-'''
+_WARM = ('torch', 'torchvision', 'timm', 'FrEIA.framework', 'pandas', 'pyarrow.parquet', 'scipy.stats',
+         'sklearn.metrics', 'plotly.graph_objects', 'pydantic', 'IPython', 'nbdev.test')   # imported once, then forked
+
+def _one_notebook(notebook: str, flags: str, folder: str, log: str):
+    "Runs a notebook's cells as tests, in a process of its own; what it prints goes to a log."
+    with open(log, 'w') as f:
+        for fd in (1, 2): os.dup2(f.fileno(), fd)
+    os.chdir(folder)
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    config = get_config()
+    ok, _ = test_nb(Path(notebook), skip_flags=config.tst_flags.split(), force_flags=flags.split(),
+                    basepath=config.config_path)
+    for stream in (sys.stdout, sys.stderr): stream.flush()
+    sys.exit(0 if ok else 1)
 
 def _notebooks(root: Path, paths) -> list[Path]:
     "Every notebook below nbs/, or those that are asked for; a folder with a file `.notest` is left out."
@@ -214,23 +220,43 @@ def _notebooks(root: Path, paths) -> list[Path]:
     chosen = [Path(p).resolve() for p in paths]
     return [p for p in found if any(c == p.resolve() or c in p.resolve().parents for c in chosen)]
 
+def _quick(notebook: Path, root: Path, folder: Path) -> Path:
+    "An experiment with the values of its `params/<experiment>/test.yaml`, where there is one; else the notebook."
+    file = root/'params'/notebook.stem/'test.yaml'
+    if notebook.parent != root/'nbs/experiments' or not file.is_file(): return notebook
+    from adflow.workbook.params import load, read_notebook
+    params = load(file)
+    text = '\n'.join(f'{k} = {params.values[k]!r}' for k in params.changed)
+    cells, copy = read_notebook(notebook), folder/notebook.name
+    at = next(i for i, c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', []))
+    cells.insert(at + 1, dict(cell_type='code', source=text, metadata={}, outputs=[], execution_count=None, id='quick'))
+    copy.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    return copy
+
+# %% ../nbs/99_cli.ipynb #e7822532
 def _test_notebooks(root: Path, notebooks: list[Path], slow: bool, bench: bool, workers: int = 2) -> list[Path]:
-    "Runs each notebook in its own process, two at a time; those that failed."
+    "Runs each notebook in its own process, two at a time, forked from one that has imported torch; those that failed."
+    import multiprocessing, tempfile
     from concurrent.futures import ThreadPoolExecutor
     import torch
     wanted = dict(slow=slow, bench=bench, data=_has_data(), cuda=(slow or bench) and torch.cuda.is_available())
     flags = ' '.join(k for k, v in wanted.items() if v)
-    env = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TQDM_DISABLE='1', IN_TEST='1',
-               PYTHONPATH=os.pathsep.join(
-        filter(None, [str(root), os.environ.get('PYTHONPATH')])))
+    threads = {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')}
+    os.environ.update(threads, TQDM_DISABLE='1', IN_TEST='1',
+                      PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')])))
+    fork = multiprocessing.get_context('forkserver' if sys.platform != 'win32' else 'spawn')
+    if sys.platform != 'win32': fork.set_forkserver_preload(list(_WARM))
     def one(nb):
-        began = time.time()
-        p = subprocess.run([sys.executable, '-c', _ONE_NOTEBOOK, str(nb), flags], cwd=root/'nbs', env=env,
-                           capture_output=True, text=True)
-        print(f"{'passed' if p.returncode == 0 else 'FAILED'} {nb.relative_to(root)} {time.time() - began:.1f} s",
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as d:
+            about = str(_quick(nb, root, Path(d))), flags, str(root/'nbs'), f'{d}/log'
+            p = fork.Process(target=_one_notebook, args=about)
+            p.start(); p.join()
+            said = Path(f'{d}/log').read_text(errors='replace').rstrip() if Path(f'{d}/log').is_file() else ''
+        print(f"{'passed' if p.exitcode == 0 else 'FAILED'} {nb.relative_to(root)} {time.monotonic() - began:.1f} s",
               flush=True)
-        if p.returncode: print('\n'.join((p.stdout + p.stderr).rstrip().split('\n')[-40:]), flush=True)
-        return p.returncode
+        if p.exitcode: print('\n'.join(said.split('\n')[-40:]) or f'exit code {p.exitcode}', flush=True)
+        return p.exitcode
     with ThreadPoolExecutor(workers) as pool: codes = list(pool.map(one, notebooks))
     return [nb for nb, code in zip(notebooks, codes) if code]
 

@@ -172,7 +172,8 @@ def children_of(pid):
     except psutil.NoSuchProcess: return []
 
 def survive(home, sweep, kills, seed=0, limit=900, workers=2):
-    "Runs a sweep to its end although random ones of its processes, the launcher too, are killed. How many were."
+    """Runs a sweep to its end although random ones of its processes, the launcher too, are killed. How many were.
+    Every second kill waits for a run that has a checkpoint to lose."""
     rng, begun, done = random.Random(seed), time.monotonic(), 0
     while True:
         p = subprocess.Popen(command(home, workers=workers), env=ENV, stdout=subprocess.DEVNULL,
@@ -183,10 +184,11 @@ def survive(home, sweep, kills, seed=0, limit=900, workers=2):
             time.sleep(.1)
             if done >= kills: continue
             pause -= .1
-            if pause > 0: continue
+            if pause > 0 or (done % 2 and not list((home / 'outputs/tiny').glob('.*.partial/checkpoint/state.json'))):
+                continue
             pause = rng.uniform(2, 6)
             victims = [psutil.Process(p.pid), *children_of(p.pid)]
-            victim = victims[0] if done % 4 == 3 else rng.choice(victims)
+            victim = victims[0] if done % 4 == 1 else rng.choice(victims)
             try: victim.send_signal(signal.SIGKILL)
             except psutil.NoSuchProcess: continue
             done += 1

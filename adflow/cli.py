@@ -22,6 +22,7 @@ def _sweep(args) -> int:
     from adflow.sweeps.execute import EXECUTORS, execute, result_table, state_table
     from adflow.sweeps.plan import Sweep, plan_table
     from adflow.sweeps.watch import Watcher, clock, remaining
+    importlib.import_module('adflow.sweeps.cluster')        # registers ray
     sweep = Sweep(args.params, args.outputs, args.set, args.name)
     plan = plan_table(sweep)
     chosen = {k: v for k in ('gpus', 'workers', 'threads', 'address') if (v := getattr(args, k)) is not None}

@@ -238,3 +238,30 @@ def test_stopping_leaves_nothing_behind(home):
     assert not [c for c in family if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
     assert [sweep.state(r) for r in sweep.runs] == ['killed', 'killed']
     assert pd.notna(state_table(sweep, plan_table(sweep))['state']).all()
+
+@pytest.mark.slow
+def test_a_cluster_loses_a_node(home, monkeypatch):
+    "Two machines of one slot each; one is killed in the middle of its run. The table is that of an undisturbed sweep."
+    ray = pytest.importorskip('ray', reason="ray is not installed: pip install 'adflow[ray]'")
+    from ray.cluster_utils import Cluster
+    from adflow.sweeps.cluster import Ray
+    monkeypatch.setenv('PYTHONPATH', ENV['PYTHONPATH'])
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    lost = cluster.add_node(num_cpus=1)
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        sweep = sweep_of(home, sets={'steps': 25}, seeds=[0, 1, 2, 3])
+        executor, gone, said = Ray(address=cluster.address), [], []
+        assert executor.slots == 2
+        def watch(table):
+            begun = [r for r in sweep.runs if (sweep.partial(r) / 'checkpoint/state.json').is_file()]
+            if len(begun) == 2 and not gone:
+                gone.append(time.monotonic())
+                cluster.remove_node(lost, allow_graceful=False)
+        out = execute(sweep, executor, watch, say=said.append)
+        assert gone and sum('killed' in s for s in said) >= 1
+        assert len(out.done) == 4 and not out.failed and found(sweep) == expected(sweep)
+        assert max(len(read_json(sweep.final(r) / 'manifest.json')['starts']) for r in sweep.runs) > 1
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

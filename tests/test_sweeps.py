@@ -246,7 +246,7 @@ def test_a_cluster_loses_a_node(home, monkeypatch):
     from ray.cluster_utils import Cluster
     from adflow.sweeps.cluster import Ray
     monkeypatch.setenv('PYTHONPATH', ENV['PYTHONPATH'])
-    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
     lost = cluster.add_node(num_cpus=1)
     try:
         ray.init(address=cluster.address, log_to_driver=False)

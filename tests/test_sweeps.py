@@ -245,7 +245,7 @@ def test_a_cluster_loses_a_node(home, monkeypatch):
     ray = pytest.importorskip('ray', reason="ray is not installed: pip install 'adflow[ray]'")
     from ray.cluster_utils import Cluster
     from adflow.sweeps.cluster import Ray
-    monkeypatch.setenv('PYTHONPATH', ENV['PYTHONPATH'])
+    monkeypatch.setenv('RAY_raylet_start_wait_time_s', '180')           # a busy machine
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
     lost = cluster.add_node(num_cpus=1)
     try:

@@ -229,7 +229,8 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
     "The whole picture: four panels, the scores of all images, the ROC."
     titles = ['image', 'mask', 'score map', 'overlay', 'scores of all images', 'ROC']
     spots = [[{}, {}, {}, {}], [{'colspan': 2}, None, {'colspan': 2}, None]]
-    fig = make_subplots(2, 4, specs=spots, subplot_titles=titles, row_heights=[.55, .45], horizontal_spacing=.03)
+    fig = make_subplots(2, 4, specs=spots, subplot_titles=titles, row_heights=[.52, .48], horizontal_spacing=.03,
+                        vertical_spacing=.12)
     p, c, (h, w) = self.panels(), self.curves(), self.features.grid
     y, x = p['size'][0] / h, p['size'][1] / w
     for i, name in ((1, 'image'), (2, 'mask'), (4, 'overlay')):
@@ -250,7 +251,7 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
         fig.update_xaxes(visible=False, matches='x', row=1, col=i)
         fig.update_yaxes(visible=False, matches='y', row=1, col=i, range=[p['size'][0] - .5, -.5])
     fig.update_yaxes(scaleanchor='x', row=1, col=1)
-    fig.update_layout(height=640, width=1000, barmode='overlay', showlegend=False, margin=dict(l=20, r=20, t=60, b=30),
+    fig.update_layout(height=580, width=1000, barmode='overlay', showlegend=False, margin=dict(l=20, r=20, t=60, b=30),
                       title=f'{self.cls}, {self.names[self.image]}')
     return kind(fig)
 
@@ -269,6 +270,7 @@ def refresh(self: ScoreMaps, what: tuple = ('image', 'scores', 'limit')):
             p = self.panels()
             for name in ('image', 'mask', 'overlay'): t[name].source = p[name]
             t['map'].z, t['patch'].x, t['patch'].y = p['heat'], [None], [None]
+            self.near.children = []                 # they were the former image's
             t['map'].zmin, t['map'].zmax = self.bounds
             self.living.layout.title.text = f'{self.cls}, {self.names[self.image]}'
         if 'scores' in what:
@@ -314,6 +316,7 @@ def show(self: ScoreMaps):
     def bounds():
         a, b = float(self.scores.min()), float(self.scores.max())
         limit.max, limit.min = max(b, limit.min), min(a, b)
+        limit.step = (b - a) / 200 or 1
         limit.max, limit.value = b, min(max(self.limit, a), b)
     def changed(name, value):
         if busy: return
@@ -369,8 +372,8 @@ class Compare:
         "The image, both maps as ranks, and their difference."
         i = self.table.index[place]
         a, b = (r[i] for r in self.ranks)
-        fig = make_subplots(1, 4, subplot_titles=['image', self.a.path.name, self.b.path.name, 'second − first'],
-                            horizontal_spacing=.03)
+        titles = ['image', f'first: {self.a.path.name}', f'second: {self.b.path.name}', 'second − first']
+        fig = make_subplots(1, 4, subplot_titles=titles, horizontal_spacing=.03)
         picture = self.a.of(self.cls).images([i])[0][::4, ::4]
         fig.add_trace(go.Image(source=as_source(np.ascontiguousarray(picture)), name='image'), 1, 1)
         for col, z, scale, bounds in ((2, a, SCALE, (.5, 1)), (3, b, SCALE, (.5, 1)), (4, b - a, 'RdBu_r', (-.6, .6))):

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/views/95_scores.ipynb #444dee2a
 from __future__ import annotations
-import base64, collections, io, os
+import base64, collections, io, json, os
 from pathlib import Path
 
 import numpy as np
@@ -85,28 +85,37 @@ class OpenRun:
 # %% ../../nbs/views/95_scores.ipynb #ca5d50c5
 def demo_run(
     folder,                          # a new folder for it
-    detector='moleflow',             # or patchcore, …
-) -> Path:                           # `<folder>/moleflow/demo`
+    detector='moleflow',             # or patchcore, dinomaly, …, also with arguments
+    name: str = 'demo',              # of the run
+    **more,                          # further parameters of the experiment
+) -> Path:                           # `<folder>/moleflow/<name>`
     "A small finished run of the embedded stream, to look into before there is one of your own."
     values = resolve(find_experiment('moleflow'), {
-        'classes': ['film', 'retina'], 'image_size': 128, 'epochs': 2, 'couplings': 2, 'detector': detector})
-    path = Path(folder)/'moleflow'/'demo'
+        'classes': ['film', 'retina'], 'image_size': 128, 'epochs': 2, 'couplings': 2, 'detector': detector,
+        **more})
+    path = Path(folder)/'moleflow'/name
     path.mkdir(parents=True)
-    Study(path/'checkpoint', progress=False, **values).run()
-    write_file(path/'params.yaml', to_yaml({'experiment': 'moleflow', 'name': 'demo', **values}))
-    write_file(path/'manifest.json', '{"state": "done"}')
+    table = Study(path/'checkpoint', progress=False, **values).run()
+    write_file(path/'metrics.parquet', table.to_parquet(index=False))
+    write_file(path/'params.yaml', to_yaml({'experiment': 'moleflow', 'name': name, **values}))
+    write_file(path/'manifest.json', json.dumps({'state': 'done', 'seed': values['seed']}))
     return path
 
 def find_run(
     path='',                         # a run's folder; '': the newest finished run of one detector
     outputs='outputs',               # folder of all runs, here or in the checkout
+    detector: str = '',              # only runs of this one, such as dinomaly
 ) -> Path | None:                    # None: there is none
     "Which run to open."
     if path: return Path(path)
     homes = [Path(outputs), *([checkout()/outputs] if checkout() else [])]
-    done = [f.parent for home in homes for f in home.glob('*/*/checkpoint/current') if
+    done = [f.parent.parent for home in homes for f in home.glob('*/*/checkpoint/current') if
             read_json(f.parent.parent/'manifest.json').get('state') == 'done']
-    return max((f.parent for f in done), key=lambda f: (f/'manifest.json').stat().st_mtime, default=None)
+    def has(file):
+        spec = read_yaml(file.read_text(encoding='utf-8'), str(file)).get('detector') if file.is_file() else None
+        return (spec.get('name') if isinstance(spec, dict) else spec) == detector
+    if detector: done = [f for f in done if has(f/'params.yaml')]
+    return max(done, key=lambda f: (f/'manifest.json').stat().st_mtime, default=None)
 
 # %% ../../nbs/views/95_scores.ipynb #65ea9ee0
 @patch

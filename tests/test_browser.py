@@ -19,6 +19,7 @@ from urllib.request import Request, urlopen
 
 import nbformat
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -28,6 +29,8 @@ from PIL import Image
 from scipy.stats import rankdata
 
 from adflow.evaluate.scoring import pixel_maps
+from adflow.features.augment import draw
+from adflow.views.latent import sample_patches
 from adflow.views.scores import OpenRun, demo_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,8 +49,10 @@ PATIENCE = 'const timeout = AbortSignal.timeout; AbortSignal.timeout = ms => tim
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    paths = dict(flow=demo_run(tmp_path_factory.mktemp('flow')),
-                 bank=demo_run(tmp_path_factory.mktemp('bank'), {'name': 'patchcore', 'size': 500}))
+    home = tmp_path_factory.mktemp('outputs')
+    paths = dict(
+        flow=demo_run(home, name='flow'), bank=demo_run(home, {'name': 'patchcore', 'size': 500}, 'bank'),
+        decoder=demo_run(home, {'name': 'dinomaly', 'depth': 3, 'heads': 2, 'models': 'class'}, 'decoder', epochs=1))
     return {name: OpenRun(path, progress=False) for name, path in paths.items()}
 
 class Lab:
@@ -140,9 +145,17 @@ class Explorer:
         page.goto(address)
         idle = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
         page.wait_for_function(idle)
+        page.evaluate("""() => { window.complaints = [];     // a widget's callback that fails says so only here
+            window.jupyterapp.shell.currentWidget.sessionContext.iopubMessage.connect((_, {header, content}) => {
+                if (header.msg_type === 'error') complaints.push(content.traceback.join('\\n'));
+                if (content.name === 'stderr' && !content.text.startsWith('No such comm')) complaints.push(content.text) }) }""")
         page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
         page.locator('.jp-OutputArea .jupyter-widgets').first.wait_for(timeout=240_000)     # imports come first
         page.wait_for_function(idle)
+
+    def complaints(self):
+        "What went wrong on the page or in the kernel."
+        return self.strange + self.page.evaluate('window.complaints')
 
     def texts(self, css): return self.page.locator(css).all_text_contents()
 
@@ -150,7 +163,7 @@ class Explorer:
         "Waits for the texts of a selector: exactly these, or a function of them that is true."
         end = time.time() + 30
         while not (wanted(self.texts(css)) if callable(wanted) else self.texts(css) == wanted):
-            assert time.time() < end, f'{what}: the page says {self.texts(css)}, expected {wanted}'
+            assert time.time() < end, f'{what}: the page says {self.texts(css)}, expected {wanted}; {self.complaints()}'
             self.page.wait_for_timeout(20)
 
     def timed(self, css, act, what):
@@ -165,12 +178,12 @@ class Explorer:
                 window.took = performance.now() - window.began; me.disconnect() }
             }).observe(document.body, {subtree: true, childList: true, characterData: true}) }""", css)
         act()
-        self.page.wait_for_function('() => window.took !== null', timeout=30_000)
+        self.says(css, lambda _: self.page.evaluate('window.took !== null'), what)
         self.milliseconds[what] = round(self.page.evaluate('window.took'))
 
-    def slider(self, name):
-        return self.page.locator('.widget-slider, .widget-hslider').filter(
-            has=self.page.locator('.widget-label', has_text=name)).first
+    def widget(self, kind, name):
+        return self.page.locator(kind).filter(has=self.page.locator('.widget-label', has_text=name)).first
+    def slider(self, name): return self.widget('.widget-slider', name)
 
     def press(self, name, key):
         "A key on a slider's handle: ArrowLeft, ArrowRight, Home, End."
@@ -181,13 +194,16 @@ class Explorer:
         self.slider(name).locator('.widget-readout').fill(str(value))
         self.slider(name).locator('.widget-readout').press('Enter')
 
+    def type(self, name, text):
+        self.widget('.widget-text', name).locator('input').fill(text)
+        self.widget('.widget-text', name).locator('input').press('Enter')
+
     def choose(self, name, **option):
         "An option of a menu, by `label` or `index`."
-        self.page.locator('.widget-dropdown').filter(has=self.page.locator('.widget-label', has_text=name)) \
-            .locator('select').select_option(**option)
+        self.widget('.widget-dropdown', name).locator('select').select_option(**option)
 
-    def click(self, trace, x, y):
-        "A click of the mouse on a point, in data units, of the living figure's trace of this name."
+    def at(self, trace, x, y):
+        "Where on the page a point is, in data units of the living figure's trace of this name."
         at = self.page.evaluate("""([name, x, y]) => {
             for (const plot of document.querySelectorAll('.jupyter-widgets .js-plotly-plot'))
                 for (const t of plot._fullData) if (t.name === name) {
@@ -196,14 +212,35 @@ class Explorer:
                     const [ax, ay] = [axis(t.xaxis), axis(t.yaxis)];
                     return [box.x + ax._offset + ax.d2p(x), box.y + ay._offset + ay.d2p(y)] } }""", [trace, x, y])
         assert at, f'no living figure has a trace {trace}'
+        return at
+
+    def dots(self, trace):
+        "The points of a trace: (n, 2), in data units."
+        return np.array(self.page.evaluate("""name => {
+            for (const plot of document.querySelectorAll('.jupyter-widgets .js-plotly-plot'))
+                for (const t of plot._fullData) if (t.name === name) return [Array.from(t.x), Array.from(t.y)]
+        }""", trace)).T
+
+    def click(self, *point):
+        at = self.at(*point)
         self.page.mouse.move(*at)
         self.page.mouse.click(*at)
 
+    def lasso(self, *point, side=8):
+        "A square drawn with the mouse around a point, `side` pixels to each side."
+        x, y = self.at(*point)
+        self.page.mouse.move(x - side, y - side)
+        self.page.mouse.down()
+        for dx, dy in ((1, -1), (1, 1), (-1, 1), (-1, -1)):
+            self.page.mouse.move(x + dx * side, y + dy * side, steps=4)
+        self.page.mouse.up()
+
     def leave(self):
         "Closes its widgets: the next notebook on this kernel would load them all again."
-        self.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute("
-                           "{code: 'import ipywidgets; ipywidgets.Widget.close_all()'}).done.then(() => 1)")
-        self.page.close()
+        try: self.page.evaluate("""Promise.race([new Promise(done => setTimeout(done, 20000)),
+            window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute(
+                {code: 'import ipywidgets; ipywidgets.Widget.close_all()'}).done.then(() => 1)])""")
+        finally: self.page.close()
 
     def screenshot(self, name, readme=True):
         screens = ROOT / 'outputs/screens'
@@ -221,7 +258,7 @@ class Explorer:
 EXPLORERS = {}
 
 def explorer(name, **parameters):
-    "Registers how `nbs/explore/<name>.ipynb` is driven; a parameter names a run."
+    "Registers how `nbs/explore/<name>.ipynb` is driven; a parameter may name a run, whose folder it gets."
     return lambda drive: EXPLORERS.setdefault(name, (drive, parameters))
 
 def scores_of(run, cls, k):
@@ -277,7 +314,7 @@ def score_maps(page, runs):
     page.timed('.adflow-verdict', lambda: page.choose('image', index=other), 'image chosen')
     page.says('.adflow-verdict', [f'score {scores[other]:.4g} → passes'], 'another image')
     page.says('.adflow-near', [], 'the patches of the former image are gone')
-    page.choose('class', label='retina')
+    page.timed('.adflow-confusion', lambda: page.choose('class', label='retina'), 'class chosen')
     page.press('threshold', 'End')
     scores, bad = scores_of(run, 'retina', 3), run.labels('retina') == 1
     page.says('.adflow-confusion', confusion(scores, bad, scores.max()), 'another class')
@@ -299,6 +336,82 @@ def compare(page, runs):
     page.enter('disputed', len(titles) - 1)
     page.says(title, titles[-1:], 'the least disputed image')
 
+@explorer('latent', run_dir='flow')
+def latent(page, runs):
+    table = sample_patches(runs['flow'], 2000, seed=0)
+    scores = np.sort(table['score'].to_numpy())
+    page.says('.adflow-selection', lambda t: t[0].startswith(f'{round(len(table) / 50)} patches'), 'the highest 2 %')
+    page.timed('.adflow-selection', lambda: page.enter('highest %', 10), 'highest 10 %')
+    n = round(len(table) / 10)
+    page.says('.adflow-selection', lambda t: t[0].startswith(f'{n} patches') and
+              f'score {scores[-n]:.4g} … {scores[-1]:.4g}' in t[0], f'the {n} highest of {len(table)}')
+    dots = page.dots('patches')
+    assert len(dots) == len(table)
+    gap = np.sort(np.linalg.norm((dots[:, None] - dots) / np.ptp(dots, 0), axis=-1), 1)[:, 1]
+    for i, act in zip(np.argsort(-gap)[:2], (page.click, page.lasso)):      # dots that stand alone
+        one, what = table.iloc[i], f'{act.__name__} on a patch'
+        page.timed('.adflow-selection', lambda: act('patches', *dots[i]), what)
+        page.says('.adflow-patch', [f"{one['score']:.4g} · {one['class']} · {one['kind']}"], what)
+    page.screenshot('latent')
+    page.choose('space', label='latents')
+    page.says('.adflow-plane', lambda t: 'of latents' in t[0], 'another space')
+
+@explorer('attention', run_dir='decoder')
+def attention(page, runs):
+    run, cls = runs['decoder'], 'film'
+    detector, features, image = run.stage.detector, run.of(cls), int(np.argmax(run.labels(cls)))
+    group = run.sent['routed_group'][run.sent['class'] == cls].tolist()[image]
+    errors = detector.group_maps(draw(features, [image], detector), group)[:, 0]
+    (h, w), (height, width) = detector.grid, features.preprocess.size
+    for trace, row, col in (('tokens', 2, w - 3), ('attention', h - 2, 1)):
+        page.timed('.adflow-token', lambda: page.click(trace, (col + .5) * width / w, (row + .5) * height / h),
+                   f'{trace} clicked')
+        page.says('.adflow-token', [f'token ({row}, {col})'], f'a click on {trace}')
+        page.says('.adflow-error', ['error here: ' + ', '.join(
+            f'group {g + 1} {e[row, col]:.3f}' for g, e in enumerate(errors.cpu().numpy()))], 'the errors there')
+    heard = page.texts('.adflow-heard')
+    page.timed('.adflow-layer', lambda: page.press('layer', 'ArrowRight'), 'next layer')
+    page.says('.adflow-layer', lambda t: t[0].startswith('layer 2 of 3'), 'the next layer')
+    page.says('.adflow-heard', lambda t: t != heard, 'another layer hears other tokens')
+    page.screenshot('attention')
+
+@explorer('hdmap', fault='tooth', gear='driving', severity=1., N1=19, N2=31)
+def hdmap(page, runs):
+    page.says('.adflow-planted', ['driving gear, tooth 5, severity 1.00'], 'as the parameters say')
+    page.timed('.adflow-planted', lambda: page.press('severity', 'Home'), 'no fault')
+    page.says('.adflow-planted', ['nothing'], 'no fault')
+    page.enter('tooth', 8)
+    page.timed('.adflow-planted', lambda: page.enter('severity', 1.5), 'severity 1.5')
+    page.says('.adflow-planted', ['driving gear, tooth 8, severity 1.50'], 'another fault')
+    page.says('.adflow-diagnosis', lambda t: 'driving' in t[0] and '8' in t[0], 'and it is found')
+    for row, col in ((7, 20), (16, 3)):
+        page.timed('.adflow-cell', lambda: page.click('map', col, row), f'cell {row}, {col}')
+        def met(t):                  # the mesh is one in which these two teeth meet
+            n = int(t[0].split('mesh ')[1].split(',')[0])
+            return t[0].startswith(f'row {row}, column {col}: ') and (n % 19, n % 31) == (row, col)
+        page.says('.adflow-cell', met, f'cell {row}, {col}')
+    page.screenshot('hdmap')
+
+@explorer('runs', outputs='outputs')
+def runs_table(page, runs):
+    tables = [pd.read_parquet(run.path / 'metrics.parquet') for run in runs.values()]
+    auroc = np.sort([t.query('routed and stage == stage.max()')['image_auroc'].mean() for t in tables])
+    page.says('.adflow-count', ['3 of 3 runs'], 'all runs')
+    limit = round(float(auroc[:2].mean()), 4)
+    page.timed('.adflow-count', lambda: page.enter('image_auroc', limit), 'filter by the slider')
+    page.says('.adflow-count', [f'{(auroc >= limit).sum()} of 3 runs'], f'image_auroc >= {limit}')
+    page.press('image_auroc', 'End')
+    page.says('.adflow-count', [f'{(auroc == auroc[-1]).sum()} of 3 runs'], 'the slider at its end: the best')
+    page.type('filter', "name == 'bank'")
+    page.says('.adflow-count', ['1 of 3 runs'], 'filter by name')
+    page.type('filter', 'nmae == 1')
+    page.says('.adflow-filter-message', lambda t: t and 'nmae' in t[0], 'what cannot be read')
+    page.type('filter', '')
+    page.choose('from', label='moleflow/flow')
+    page.choose('to', label='moleflow/bank')
+    page.says('.adflow-difference', lambda t: any('detector' in x and 'patchcore' in x for x in t), 'what differs')
+    page.screenshot('runs')
+
 
 # ---- the tests
 
@@ -309,11 +422,12 @@ def test_every_explorer_has_its_drive():
 @pytest.mark.parametrize('name', [pytest.param(name, marks=needs_browser) for name in EXPLORERS])
 def test_explorer(name, lab, runs, chromium):
     drive, parameters = EXPLORERS[name]
-    page = Explorer(chromium.new_page(), lab.put(name, {k: str(runs[run].path) for k, run in parameters.items()}))
+    known = {'outputs': runs['flow'].path.parents[1], **{k: r.path for k, r in runs.items()}}
+    address = lab.put(name, {k: str(known[v]) if v in known else v for k, v in parameters.items()})
+    page = Explorer(chromium.new_page(), address)
     try:
         drive(page, runs)
-        assert not page.texts('.jp-OutputArea [data-mime-type*=stderr], .jp-OutputArea [data-mime-type*=error]')
-        assert not page.strange, page.strange
+        assert not page.complaints(), page.complaints()
     except BaseException:
         page.screenshot(f'{name}_failed', readme=False)
         raise

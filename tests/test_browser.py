@@ -148,7 +148,8 @@ class Explorer:
         page.evaluate("""() => { window.complaints = [];     // a widget's callback that fails says so only here
             window.jupyterapp.shell.currentWidget.sessionContext.iopubMessage.connect((_, {header, content}) => {
                 if (header.msg_type === 'error') complaints.push(content.traceback.join('\\n'));
-                if (content.name === 'stderr' && !content.text.startsWith('No such comm')) complaints.push(content.text) }) }""")
+                if (content.name === 'stderr' && !content.text.startsWith('No such comm'))
+                    complaints.push(content.text) }) }""")
         page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
         page.locator('.jp-OutputArea .jupyter-widgets').first.wait_for(timeout=240_000)     # imports come first
         page.wait_for_function(idle)

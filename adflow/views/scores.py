@@ -90,8 +90,8 @@ def demo_run(
     **more,                          # further parameters of the experiment
 ) -> Path:                           # `<folder>/moleflow/<name>`
     "A small finished run of the embedded stream, to look into before there is one of your own."
-    values = resolve(find_experiment('moleflow'), {
-        'classes': ['film', 'retina'], 'image_size': 128, 'epochs': 2, 'couplings': 2, 'detector': detector, **more})
+    values = resolve(find_experiment('moleflow'), dict(
+        classes=['film', 'retina'], image_size=128, epochs=2, couplings=2, detector=detector) | more)
     path = Path(folder)/'moleflow'/name
     path.mkdir(parents=True)
     table = Study(path/'checkpoint', progress=False, **values).run()
@@ -108,12 +108,9 @@ def find_run(
     "Which run to open."
     if path: return Path(path)
     homes = [Path(outputs), *([checkout()/outputs] if checkout() else [])]
-    done = [f.parent.parent for home in homes for f in home.glob('*/*/checkpoint/current') if
-            read_json(f.parent.parent/'manifest.json').get('state') == 'done']
-    def has(file):
-        spec = read_yaml(file.read_text(encoding='utf-8'), str(file)).get('detector') if file.is_file() else None
-        return (spec.get('name') if isinstance(spec, dict) else spec) == detector
-    if detector: done = [f for f in done if has(f/'params.yaml')]
+    done = [f.parent.parent for home in homes for f in home.glob('*/*/checkpoint/current')
+            if read_json(f.parent.parent/'manifest.json').get('state') == 'done' and detector in (
+                '', read_json(f.parent/f.read_text().strip()/'detector/detector.json').get('detector'))]
     return max(done, key=lambda f: (f/'manifest.json').stat().st_mtime, default=None)
 
 # %% ../../nbs/views/95_scores.ipynb #65ea9ee0
@@ -256,7 +253,7 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
         fig.update_xaxes(visible=False, matches='x', row=1, col=i)
         fig.update_yaxes(visible=False, matches='y', row=1, col=i, range=[p['size'][0] - .5, -.5])
     fig.update_yaxes(scaleanchor='x', row=1, col=1)
-    fig.update_layout(height=580, width=1000, barmode='overlay', showlegend=False, margin=dict(l=20, r=20, t=60, b=30),
+    fig.update_layout(height=540, width=1000, barmode='overlay', showlegend=False, margin=dict(l=20, r=20, t=60, b=30),
                       title=f'{self.cls}, {self.names[self.image]}')
     return kind(fig)
 

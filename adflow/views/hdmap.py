@@ -146,10 +146,12 @@ def lines(self: HDMapView) -> dict:
     K, (f, p), lim = self.map.signal.shape[1], self.spectrum(), float(abs(r.x).max())
     piece, around = a['piece'], len(a['piece']) // 2
     begin, end = (v / r.fs for v in a['samples'])
-    return {'signal': (at / r.fs, x), 'here': ([begin, begin, end, end], [-lim, lim, lim, -lim]),
+    now = {'signal': (at / r.fs, x), 'here': ([begin, begin, end, end], [-lim, lim, lim, -lim]),
             'healthy': self.healthy, 'spectrum': (f, p), 'cell': ([a['column']], [a['row']]),
             'piece': ((np.arange(piece.size) + .5) / K + a['mesh'] - around, piece.ravel()),
             'own': ((np.arange(K) + .5) / K + a['mesh'], a['own'])}
+    # lists: plotly's widget fails on what its page sends back of an array that has changed (plotly.py issue 4160)
+    return {k: tuple(np.asarray(v, np.float32).tolist() for v in xy) for k, xy in now.items()}
 
 @patch
 def words(self: HDMapView) -> dict:
@@ -176,7 +178,7 @@ def build(self: HDMapView, kind=go.Figure) -> go.Figure:
     now = self.lines()
     for name, (row, col, color, width) in style.items():
         x, y = now[name]
-        fig.add_scatter(x=np.asarray(x, np.float32), y=np.asarray(y, np.float32), mode='lines', name=name,
+        fig.add_scatter(x=x, y=y, mode='lines', name=name,
                         line=dict(color=color, width=width), hoverinfo='skip' if name in ('here', 'signal') else None,
                         row=row, col=col)
     fig.add_heatmap(z=self.map.map.astype(np.float32), colorscale=SCALE, showscale=False, name='map', row=2, col=1)
@@ -202,7 +204,7 @@ def refresh(self: HDMapView, everything: bool = True):
     with self.living.batch_update():
         for name, (x, y) in self.lines().items():
             if everything or name in ('here', 'cell', 'piece', 'own'):
-                t[name].x, t[name].y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+                t[name].x, t[name].y = x, y
         if everything: t['map'].z = self.map.map.astype(np.float32)
         said = html.escape(words['diagnosis'])
         self.living.layout.title.text = f"{said}<br><sub>planted: {words['planted']}</sub>"

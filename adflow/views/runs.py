@@ -4,7 +4,7 @@
 
 # %% ../../nbs/views/954_runs.ipynb #368202e6
 from __future__ import annotations
-import html, json, os
+import html, json, math, os
 from pathlib import Path
 
 import pandas as pd
@@ -115,7 +115,9 @@ def parallel(
     if unknown := [k for k in columns if k not in table]:
         raise PartError(f"there is no column '{unknown[0]}'.{nearest(unknown[0], table.columns)}")
     return go.Figure(_lines(table, columns, colour)).update_layout(
-        template=TEMPLATE, height=380, margin=dict(l=80, r=60, t=60, b=30))
+        template=TEMPLATE, height=420, width=1000, margin=dict(l=80, r=60, t=40, b=90))
+
+def _known(values) -> list: return [None if x != x else x for x in values.astype(float)]     # NaN is no JSON
 
 def _lines(table, columns, colour) -> go.Parcoords:
     dims = []
@@ -125,11 +127,11 @@ def _lines(table, columns, colour) -> go.Parcoords:
             names = sorted(v.fillna('–').astype(str).unique())
             v = v.fillna('–').astype(str).map(names.index)
             axis |= dict(tickvals=list(range(len(names))), ticktext=[n[:24] for n in names])
-        dims.append(axis | dict(values=[float(x) for x in v]))
+        dims.append(axis | dict(values=_known(v)))
     line = dict(color=COLOURS[0])
     if colour in table and table[colour].notna().any():
-        line = dict(color=table[colour].astype(float).tolist(), colorscale='Viridis', showscale=True)
-    return go.Parcoords(dimensions=dims, line=line)
+        line = dict(color=_known(table[colour]), colorscale='Viridis', showscale=True)
+    return go.Parcoords(dimensions=dims, line=line, labelangle=-25, labelside='bottom')
 
 # %% ../../nbs/views/954_runs.ipynb #7423a3d5
 class Runs:
@@ -220,8 +222,8 @@ def show(self: Runs):
     def changed(_):
         self.query, self.sort, self.descending = query.value, sort.value, descending.value
         self.refresh()
-    def above(change):               # the slider writes the filter, which can then be edited
-        query.value = f'{best} >= {change["new"]:.4f}'
+    def above(change):               # the slider writes the filter, rounded down so that the best stays
+        query.value = f'{best} >= {math.floor(change["new"] * 1e4 + 1e-6) / 1e4:.4f}'
     for w in (query, sort, descending): w.observe(changed, 'value')
     if best: least.observe(above, 'value')
     for w in (first, second): w.observe(lambda _: self.compare(), 'value')

@@ -134,14 +134,12 @@ def like(self: OpenRun,
     cls: str, image: int,            # test image of a class
     row: int, column: int,           # patch
     k: int = 4,                      # how many
-) -> pd.DataFrame:                   # image (of train), row, column, distance; `train` in attrs
+) -> pd.DataFrame:                   # image (of train), row, column, distance
     "The normal patches that are most like a patch of a test image."
-    members, at, mean, std, train = self.bank(cls)
+    members, at, mean, std, _ = self.bank(cls)
     x = (self.of(cls).batch([image])[0, row, column].cpu() - mean) / std
     d, near = nearest_members(x[None], members, k)
-    out = pd.DataFrame(at[near[0]], columns=['image', 'row', 'column']).assign(distance=d[0].numpy())
-    out.attrs['train'] = train
-    return out
+    return pd.DataFrame(at[near[0]], columns=['image', 'row', 'column']).assign(distance=d[0].numpy())
 
 def crop_patch(
     features, image: int,            # FeatureSet, which image
@@ -234,7 +232,7 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
     "The whole picture: four panels, the scores of all images, the ROC."
     titles = ['image', 'mask', 'score map', 'overlay', 'scores of all images', 'ROC']
     spots = [[{}, {}, {}, {}], [{'colspan': 2}, None, {'colspan': 2}, None]]
-    fig = make_subplots(2, 4, specs=spots, subplot_titles=titles, row_heights=[.55, .45], horizontal_spacing=.03)
+    fig = make_subplots(2, 4, specs=spots, subplot_titles=titles, row_heights=[.54, .46], horizontal_spacing=.03)
     p, c, (h, w) = self.panels(), self.curves(), self.features.grid
     y, x = p['size'][0] / h, p['size'][1] / w
     for i, name in ((1, 'image'), (2, 'mask'), (4, 'overlay')):
@@ -255,7 +253,7 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
         fig.update_xaxes(visible=False, matches='x', row=1, col=i)
         fig.update_yaxes(visible=False, matches='y', row=1, col=i, range=[p['size'][0] - .5, -.5])
     fig.update_yaxes(scaleanchor='x', row=1, col=1)
-    fig.update_layout(height=640, width=1000, barmode='overlay', showlegend=False, margin=dict(l=20, r=20, t=60, b=30),
+    fig.update_layout(height=540, width=1000, barmode='overlay', showlegend=False, margin=dict(l=20, r=20, t=60, b=30),
                       title=f'{self.cls}, {self.names[self.image]}')
     return kind(fig)
 
@@ -273,7 +271,7 @@ def refresh(self: ScoreMaps, what: tuple = ('image', 'scores', 'limit')):
         if 'image' in what:
             p = self.panels()
             for name in ('image', 'mask', 'overlay'): t[name].source = p[name]
-            t['map'].z, t['patch'].x, t['patch'].y = p['heat'], [None], [None]
+            t['map'].z, t['patch'].x, t['patch'].y, self.near.children = p['heat'], [None], [None], []
             t['map'].zmin, t['map'].zmax = self.bounds
             self.living.layout.title.text = f'{self.cls}, {self.names[self.image]}'
         if 'scores' in what:
@@ -291,14 +289,12 @@ def look(self: ScoreMaps, row: int, column: int) -> pd.DataFrame:
     "What a click on a patch shows: its score, and the normal patches that are most like it."
     import ipywidgets as W
     self.patch = int(row), int(column)
-    near, (h, w) = self.run.like(self.cls, self.image, row, column), self.features.grid
+    near, train = self.run.like(self.cls, self.image, row, column), self.run.bank(self.cls)[-1]
+    t, (h, w), p = {x.name: x for x in self.living.data}, self.features.grid, self.features.preprocess.size
     with self.living.batch_update():
-        t = {x.name: x for x in self.living.data}
-        p = self.features.preprocess.size
         t['patch'].x, t['patch'].y = [(column + .5) * p[1] / w - .5], [(row + .5) * p[0] / h - .5]
     crops = [(crop_patch(self.features, self.image, row, column), f'here: {self.maps[self.image][row, column]:.4g}')]
-    crops += [(crop_patch(near.attrs['train'], r.image, r.row, r.column), f'{r.distance:.2f}')
-              for r in near.itertuples()]
+    crops += [(crop_patch(train, r.image, r.row, r.column), f'{r.distance:.2f}') for r in near.itertuples()]
     self.near.children = [W.VBox([W.HTML(f"<span class='adflow-near'>{text}</span>"), W.HTML(
         f"<img src='{as_source(a)}' width=96>")]) for a, text in crops]
     return near
@@ -318,7 +314,7 @@ def show(self: ScoreMaps):
     self.widgets, busy = dict(cls=cls, image=image, k=k, limit=limit), []
     def bounds():
         a, b = float(self.scores.min()), float(self.scores.max())
-        limit.max, limit.min = max(b, limit.min), min(a, b)
+        limit.max, limit.min, limit.step = max(b, limit.min), min(a, b), (b - a) / 200 or 1
         limit.max, limit.value = b, min(max(self.limit, a), b)
     def changed(name, value):
         if busy: return
@@ -374,8 +370,8 @@ class Compare:
         "The image, both maps as ranks, and their difference."
         i = self.table.index[place]
         a, b = (r[i] for r in self.ranks)
-        fig = make_subplots(1, 4, subplot_titles=['image', self.a.path.name, self.b.path.name, 'second − first'],
-                            horizontal_spacing=.03)
+        titles = ['image', f'first: {self.a.path.name}', f'second: {self.b.path.name}', 'second − first']
+        fig = make_subplots(1, 4, subplot_titles=titles, horizontal_spacing=.03)
         picture = self.a.of(self.cls).images([i])[0][::4, ::4]
         fig.add_trace(go.Image(source=as_source(np.ascontiguousarray(picture)), name='image'), 1, 1)
         for col, z, scale, bounds in ((2, a, SCALE, (.5, 1)), (3, b, SCALE, (.5, 1)), (4, b - a, 'RdBu_r', (-.6, .6))):

@@ -60,6 +60,7 @@ def _decode(path):
     with Image.open(path) as im:
         return _values(im, deep=path.suffix.lower() == '.png')  # a PNG has 16 bits at most, whatever Pillow makes of it
 
+# %% ../../nbs/data/01_preprocess.ipynb #fb23e291
 def as_image(
     a,                   # (H, W) or (H, W, 1 to 4) array, or a Pillow image
     name='image',        # how a `BadFile` calls it
@@ -184,11 +185,6 @@ class Preprocess:
         "The input of the backbone; raises `BadFile`."
         return self.normalized(self.pixels(path))
 
-    def normalized(self, a: np.ndarray) -> Tensor: # (h, w, 3) → (3, h, w)
-        "Pixels in the geometry of the tensors as the backbone wants them."
-        x = torch.from_numpy(a).permute(2, 0, 1)
-        return ((x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]).contiguous()
-
     def mask(self,
         path: str | Path | None,            # None, as for normal images: no defect anywhere
         like: tuple | None = None,          # (height, width) of the image; a mask of another size raises `BadFile`
@@ -205,6 +201,14 @@ class Preprocess:
         return torch.from_numpy(m > (0 if self.mask_interpolation == 'any' else .5))
 
 # %% ../../nbs/data/01_preprocess.ipynb #4d85695d
+@patch
+def normalized(self: Preprocess,
+    a: np.ndarray,          # (h, w, 3) pixels in the geometry of the tensors
+) -> Tensor:                # (3, h, w) float32, as the backbone wants them
+    "The last step of `image`, for pixels that do not come from a file."
+    x = torch.from_numpy(a).permute(2, 0, 1)
+    return ((x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]).contiguous()
+
 @patch
 def describe(self: Preprocess) -> dict:
     "All settings, ready for JSON; scale (with the names of its folders) and wrap only where they are used."

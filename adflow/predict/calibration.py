@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from ..continual.learner import Checkpoint
-from ..evaluate.scoring import AGGREGATES, image_scores
+from ..evaluate.scoring import AGGREGATES
 from ..evaluate.stages import score_maps
 from ..features.disk import as_json
 from ..workbook.runs import write_file
@@ -80,7 +80,11 @@ def _kept_parts(study, stage, group) -> dict:
 
 def restored_aggregate(spec):
     "The aggregate that `describe_run` wrote: maps (N, H, W) → scores (N,)."
-    if not isinstance(spec, dict) or 'numbers' not in spec: return lambda maps: image_scores(maps, spec)
+    if not isinstance(spec, dict) or 'numbers' not in spec:
+        def score(maps):                 # as `image_scores`, without its look at the data, which ONNX cannot follow
+            made = AGGREGATES.build(spec, maps=maps)
+            return made if torch.is_tensor(made) else made(maps)
+        return score
     made = AGGREGATES[spec['name']]()
     for k, v in spec['numbers'].items():
         setattr(made, k, torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v)

@@ -64,7 +64,7 @@ class Predictor:
         if here != there:
             raise PartError(f"{self.path}: the weights of the backbone '{self.backbone.name}' are not those it was "
                             f'learned with (sha256 {here[:8]}… instead of {there[:8]}…): scores would mean nothing.')
-        held = pd.DataFrame(about['held_out'])
+        held = pd.DataFrame(about['held_out'])[['way', 'category', 'score', 'middle']]
         self.held = {k: v.reset_index(drop=True) for k, v in held.groupby(['way', 'category'])}
 
     def __repr__(self):

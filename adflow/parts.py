@@ -283,9 +283,13 @@ class Detector(nn.Module):
 
     @classmethod
     def load(cls, folder, device='cpu'):
-        "Rebuilds what `save` wrote: the settings are the constructor's, every group gets its slot."
-        meta = json.loads((Path(folder)/'detector.json').read_text())
-        detector = cls(**meta['settings'])
+        "Rebuilds what `save` wrote (features in, maps out): settings are the constructor's, every group gets its slot."
+        if not (file := Path(folder)/'detector.json').is_file():
+            run = (Path(folder)/'params.yaml').is_file()
+            raise PartError(f'{folder} holds no detector.json' + ('' if not run else
+                            ', it is a run: adflow.predict.score.load takes it, and the result takes images.'))
+        meta = json.loads(file.read_text())
+        detector = (DETECTORS[meta['detector']] if cls is Detector else cls)(**meta['settings'])
         detector.groups = {g: add_task(detector, detector.seed) for g in meta['groups']}
         load_weights(detector, load_file(Path(folder)/'detector.safetensors'))
         return detector.to(device)

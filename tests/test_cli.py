@@ -56,7 +56,7 @@ def test_set_without_a_file_says_so(capsys):
 def test_every_package_that_is_imported_is_declared():
     text = (ROOT / 'pyproject.toml').read_text()
     declared = {re.match(r'[A-Za-z0-9_.-]+', d)[0].lower().replace('_', '-')
-                for part in re.findall(r'^(?:dependencies|dev|anomalib) = \[(.*?)\]$', text, re.S | re.M)
+                for part in re.findall(r'^(?:dependencies|dev|anomalib|onnx) = \[(.*?)\]$', text, re.S | re.M)
                 for d in re.findall(r'"([^"]+)"', part)}
     other = {'sklearn': 'scikit-learn', 'skimage': 'scikit-image', 'PIL': 'pillow', 'yaml': 'pyyaml'}
     found = set()

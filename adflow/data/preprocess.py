@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['cache_dir', 'shared_data', 'BadFile', 'read_image', 'image_size', 'Preprocess', 'read_mask']
+__all__ = ['cache_dir', 'shared_data', 'BadFile', 'as_image', 'read_image', 'image_size', 'Preprocess', 'read_mask']
 
 # %% ../../nbs/data/01_preprocess.ipynb #ad8a98c9
 def cache_dir() -> Path:
@@ -43,6 +43,12 @@ _TIFF = ('.tif', '.tiff')
 _READ_ERRORS = (OSError, UnidentifiedImageError, SyntaxError, ValueError, IndexError, KeyError,
                 Image.DecompressionBombError)
 
+def _values(im, deep=False):
+    "The pixels of a Pillow image, transparency and palette resolved."
+    if im.mode in ('1', 'LA', 'La'): im = im.convert('L')
+    elif im.mode in ('P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'RGBA', 'RGBa', 'RGBX'): im = im.convert('RGB')
+    return np.array(im).astype(np.uint16) if deep and im.mode.startswith('I') else np.array(im)
+
 def _decode(path):
     "The stored values, (H, W) or (H, W, C), in the file's own type."
     if path.suffix.lower() in _TIFF:
@@ -52,11 +58,25 @@ def _decode(path):
     with Image.open(path) as im:
         if im.format == 'PNG': im.verify()           # else damage inside may be read as black rows, without a word
     with Image.open(path) as im:
-        if im.mode in ('1', 'LA', 'La'): im = im.convert('L')
-        elif im.mode in ('P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'RGBA', 'RGBa', 'RGBX'): im = im.convert('RGB')
-        a = np.array(im)
-        deep = im.mode.startswith('I') and path.suffix.lower() == '.png'
-        return a.astype(np.uint16) if deep else a  # a PNG has 16 bits at most, whatever Pillow reads it into
+        return _values(im, deep=path.suffix.lower() == '.png')  # a PNG has 16 bits at most, whatever Pillow makes of it
+
+# %% ../../nbs/data/01_preprocess.ipynb #fb23e291
+def as_image(
+    a,                   # (H, W) or (H, W, 1 to 4) array, or a Pillow image
+    name='image',        # how a `BadFile` calls it
+) -> np.ndarray:         # (H, W, 3) float32; integers scaled to 0…1, floats as they are
+    "Values as every reader and every caller gets them; raises `BadFile` for what is no image."
+    a = _values(a) if isinstance(a, Image.Image) else np.asarray(a)
+    if a.ndim == 2: a = a[..., None]
+    if a.ndim != 3 or not a.size or a.shape[-1] > 4:
+        raise BadFile(name, f'expected one image of (height, width, channels), found shape {a.shape}')
+    if a.dtype.kind not in 'buif': raise BadFile(name, f'expected numbers, found {a.dtype}')
+    a = a[..., :3] if a.shape[-1] >= 3 else a[..., :1]
+    if a.dtype == bool: a = a.astype(np.float32)
+    elif a.dtype.kind in 'ui': a = a.astype(np.float32) / np.iinfo(a.dtype).max
+    a = np.repeat(a, 3, -1) if a.shape[-1] == 1 else a
+    if not np.isfinite(a).all(): raise BadFile(name, f'{(~np.isfinite(a)).sum()} values are NaN or infinite')
+    return np.ascontiguousarray(a, dtype=np.float32)
 
 def read_image(
     path: str | Path,
@@ -66,15 +86,7 @@ def read_image(
     try: a = _decode(path)
     except FileNotFoundError: raise BadFile(path, 'there is no such file') from None
     except _READ_ERRORS as e: raise _unreadable(path, e) from None
-    if a.ndim == 2: a = a[..., None]
-    if a.ndim != 3 or not a.size or a.shape[-1] > 4:
-        raise BadFile(path, f'expected one image of (height, width, channels), found shape {a.shape}')
-    a = a[..., :3] if a.shape[-1] >= 3 else a[..., :1]
-    if a.dtype == bool: a = a.astype(np.float32)
-    elif a.dtype.kind in 'ui': a = a.astype(np.float32) / np.iinfo(a.dtype).max
-    a = np.repeat(a, 3, -1) if a.shape[-1] == 1 else a
-    if not np.isfinite(a).all(): raise BadFile(path, f'{(~np.isfinite(a)).sum()} values are NaN or infinite')
-    return np.ascontiguousarray(a, dtype=np.float32)
+    return as_image(a, path)
 
 # %% ../../nbs/data/01_preprocess.ipynb #72c64295
 def image_size(
@@ -171,8 +183,7 @@ class Preprocess:
 
     def image(self, path) -> Tensor:        # (3, h, w) float32, normalized
         "The input of the backbone; raises `BadFile`."
-        x = torch.from_numpy(self.pixels(path)).permute(2, 0, 1)
-        return ((x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]).contiguous()
+        return self.normalized(self.pixels(path))
 
     def mask(self,
         path: str | Path | None,            # None, as for normal images: no defect anywhere
@@ -190,6 +201,14 @@ class Preprocess:
         return torch.from_numpy(m > (0 if self.mask_interpolation == 'any' else .5))
 
 # %% ../../nbs/data/01_preprocess.ipynb #4d85695d
+@patch
+def normalized(self: Preprocess,
+    a: np.ndarray,          # (h, w, 3) pixels in the geometry of the tensors
+) -> Tensor:                # (3, h, w) float32, as the backbone wants them
+    "The last step of `image`, for pixels that do not come from a file."
+    x = torch.from_numpy(a).permute(2, 0, 1)
+    return ((x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]).contiguous()
+
 @patch
 def describe(self: Preprocess) -> dict:
     "All settings, ready for JSON; scale (with the names of its folders) and wrap only where they are used."

@@ -29,9 +29,10 @@ def nearest_members(
     if not 1 <= k <= len(bank): raise PartError(f'nearest_members: k={k} of a bank of {len(bank)} members.')
     center, out = bank.mean(0), []
     y, m = x - center, bank - center
-    y, m = torch.cat([y, y.new_ones(len(y), 1)], 1), torch.cat([-2 * m, (m * m).sum(1, keepdim=True)], 1)
-    for a, rows in zip(y.split(block), x.split(block)):
-        best, at = a.new_full((len(a), k), math.inf), torch.zeros(len(a), k, dtype=torch.long, device=a.device)
+    y, m = torch.cat([y, torch.ones_like(y[:, :1])], 1), torch.cat([-2 * m, (m * m).sum(1, keepdim=True)], 1)
+    one = torch.compiler.is_exporting()                 # a graph for any N cannot be cut into N / block pieces
+    for a, rows in [(y, x)] if one else zip(y.split(block), x.split(block)):
+        best, at = a.new_full((a.shape[0], k), math.inf), torch.zeros(a.shape[0], k, dtype=torch.long, device=a.device)
         for j, b in enumerate(m.split(block)):
             d = a @ b.T
             if k == 1: new, i = d.min(1, keepdim=True)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/99_cli.ipynb #374489c9
 from __future__ import annotations
-import argparse, importlib, importlib.metadata, importlib.util, json, os, platform, re, shutil, sys, time
+import argparse, importlib, importlib.metadata, importlib.util, json, os, platform, re, shutil, sys
 from pathlib import Path
 
 from . import __version__
@@ -248,111 +248,10 @@ def _doctor(args) -> int:
         print(f"\n{'Everything adflow needs is here.' if not bad else f'{bad} of {len(lines)} checks failed.'}")
     return int(any(x[0] == 'fail' for x in lines))
 
-# %% ../nbs/99_cli.ipynb #e264685d
-_WARM = ('torch', 'torchvision', 'timm', 'FrEIA.framework', 'pandas', 'pyarrow.parquet', 'scipy.stats',
-         'sklearn.metrics', 'plotly.graph_objects', 'pydantic', 'IPython', 'nbdev.test')   # imported once, then forked
-
-def _one_notebook(notebook: str, flags: str, folder: str, log: str):
-    "Runs a notebook's cells as tests, in a process of its own; what it prints goes to a log."
-    with open(log, 'w') as f:
-        for fd in (1, 2): os.dup2(f.fileno(), fd)
-    os.chdir(folder)
-    from nbdev.config import get_config
-    from nbdev.test import test_nb
-    config = get_config()
-    ok, _ = test_nb(Path(notebook), skip_flags=config.tst_flags.split(), force_flags=flags.split(),
-                    basepath=config.config_path)
-    for stream in (sys.stdout, sys.stderr): stream.flush()
-    sys.exit(0 if ok else 1)
-
-def _notebooks(root: Path, paths) -> list[Path]:
-    "Every notebook below nbs/, or those that are asked for; a folder with a file `.notest` is left out."
-    found = sorted(p for p in (root/'nbs').rglob('*.ipynb')
-                   if not any(x.startswith(('.', '_')) for x in p.relative_to(root).parts)
-                   and not (p.parent/'.notest').exists())
-    if not paths: return found
-    chosen = [Path(p).resolve() for p in paths]
-    return [p for p in found if any(c == p.resolve() or c in p.resolve().parents for c in chosen)]
-
-def _quick(notebook: Path, root: Path, folder: Path) -> Path:
-    "An experiment with the values of its `params/<experiment>/test.yaml`, where there is one; else the notebook."
-    file = root/'params'/notebook.stem/'test.yaml'
-    if notebook.parent != root/'nbs/experiments' or not file.is_file(): return notebook
-    from adflow.workbook.params import load, read_notebook
-    params = load(file)
-    text = '\n'.join(f'{k} = {params.values[k]!r}' for k in params.changed)
-    cells, copy = read_notebook(notebook), folder/notebook.name
-    at = next(i for i, c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', []))
-    cells.insert(at + 1, dict(cell_type='code', source=text, metadata={}, outputs=[], execution_count=None, id='quick'))
-    copy.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
-    return copy
-
-# %% ../nbs/99_cli.ipynb #e7822532
-def _test_notebooks(root: Path, notebooks: list[Path], slow: bool, bench: bool, workers: int = 2) -> list[Path]:
-    "Runs each notebook in its own process, two at a time, forked from one that has imported torch; those that failed."
-    import multiprocessing, tempfile
-    from concurrent.futures import ThreadPoolExecutor
-    import torch
-    wanted = dict(slow=slow, bench=bench, data=_has_data(), cuda=(slow or bench) and torch.cuda.is_available())
-    flags = ' '.join(k for k, v in wanted.items() if v)
-    threads = {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')}
-    os.environ.update(threads, TQDM_DISABLE='1', IN_TEST='1',
-                      PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')])))
-    fork = multiprocessing.get_context('forkserver' if sys.platform != 'win32' else 'spawn')
-    if sys.platform != 'win32': fork.set_forkserver_preload(list(_WARM))
-    def one(nb):
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory() as d:
-            about = str(_quick(nb, root, Path(d))), flags, str(root/'nbs'), f'{d}/log'
-            p = fork.Process(target=_one_notebook, args=about)
-            p.start(); p.join()
-            said = Path(f'{d}/log').read_text(errors='replace').rstrip() if Path(f'{d}/log').is_file() else ''
-        print(f"{'passed' if p.exitcode == 0 else 'FAILED'} {nb.relative_to(root)} {time.monotonic() - began:.1f} s",
-              flush=True)
-        if p.exitcode: print('\n'.join(said.split('\n')[-40:]) or f'exit code {p.exitcode}', flush=True)
-        return p.exitcode
-    with ThreadPoolExecutor(workers) as pool: codes = list(pool.map(one, notebooks))
-    return [nb for nb, code in zip(notebooks, codes) if code]
-
-def _has_data() -> bool:
-    from adflow.data.preprocess import shared_data
-    return shared_data() is not None
-
-# %% ../nbs/99_cli.ipynb #c2e94288
-class _Count:
-    "A pytest plugin that counts."
-    def __init__(self): self.passed = self.failed = self.skipped = 0
-    def pytest_runtest_logreport(self, report):
-        if report.failed: self.failed += 1
-        elif report.skipped: self.skipped += 1
-        elif report.when == 'call': self.passed += 1
-    def pytest_collectreport(self, report): self.failed += report.failed
-
+# %% ../nbs/99_cli.ipynb #02b76d1c
 def _test(args) -> int:
-    from adflow.workbook.params import ParamsError, checkout
-    root = checkout()
-    if root is None:
-        raise ParamsError('adflow test needs a checkout: the notebooks and tests are not part of the wheel.')
-    for name in ('nbdev', 'pytest'):
-        if importlib.util.find_spec(name) is None:
-            raise ParamsError(f"adflow test needs {name}: pip install -e '.[dev]' in {root}")
-    unknown = [p for p in args.paths if not Path(p).exists()]
-    if unknown: raise ParamsError(f"There is no {', '.join(unknown)} here.")
-    notebooks = _notebooks(root, args.paths)
-    failed = _test_notebooks(root, notebooks, args.slow, args.bench)
-    tests = [str(root/'tests')] if not args.paths else \
-            [p for p in args.paths if Path(p).suffix == '.py' or list(Path(p).rglob('test_*.py'))]
-    count = _Count()
-    if tests:
-        import pytest
-        os.environ.update(OMP_NUM_THREADS='1', TQDM_DISABLE='1', **({'ADFLOW_SLOW': '1'} if args.slow else {}))
-        two = ['-n', '2', '--dist', 'worksteal'] if importlib.util.find_spec('xdist') else []
-        code = pytest.main(['-q', '--durations=5', '--rootdir', str(root), *two, *tests], plugins=[count])
-        if code not in (0, 1, 5) and not count.failed: count.failed += 1
-    if failed: print('failed notebooks: ' + ', '.join(str(p.relative_to(root)) for p in failed))
-    bad = len(failed) + count.failed
-    print(f'{len(notebooks) - len(failed) + count.passed} passed, {bad} failed, {count.skipped} skipped')
-    return int(bool(bad) or not (notebooks or tests))
+    from adflow.workbook.testing import run_tests
+    return run_tests(args.paths, args.slow, args.bench)
 
 # %% ../nbs/99_cli.ipynb #f0f0c00a
 def _one_by_one(argv: list[str]) -> list[str]:

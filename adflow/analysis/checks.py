@@ -66,7 +66,7 @@ def contrast(folder,
     value: str,                # a column, or an expression of columns such as 'outer_ring - outer_ring_null'
     plus: list,                # [{column: value, …}, …]: the mean of these rows counts positive
     minus: list = (),          # … negative: one of each is a difference, two of each an interaction
-    table: str = 'metrics.parquet',
+    table: str = 'metrics.parquet',  # of the run
     unit: str = 'seed',        # column of what repeats
     pool: dict | None = None,  # {column: arm}, such as {idea: base}: the spread is that of all arms against this one
 ):
@@ -92,7 +92,7 @@ def largest(folder,
     by: str,                   # column: arms, such as 'idea'
     than: str,                 # the arm that others are compared with
     among: list,               # other arms
-    table: str = 'metrics.parquet',
+    table: str = 'metrics.parquet',  # of the run
     where: dict | None = None, # rows that count; None: all
 ):
     "The largest gain of several arms over one; the interval (Šidák over the arms) of that arm."
@@ -106,7 +106,8 @@ def largest(folder,
 # %% ../../nbs/analysis/892_checks.ipynb #50530140
 @CHECKS.register('thresholds')
 def thresholds(folder,
-    plus: str, minus: str,     # calibrations: 'own' (of the class), 'all' (classes together) or 'all, standardized'
+    plus: str,                 # a calibration: 'own' (of the class), 'all' (together) or 'all, standardized'
+    minus: str,                # another one
     of: str = 'found',         # or 'false_alarms', of a promised 10 %
     table: str = 'metrics.parquet',  # a row per image
     where: dict | None = None, # rows that count; None: all
@@ -118,10 +119,11 @@ def thresholds(folder,
 
 @CHECKS.register('correlation')
 def correlation(folder,
-    x: str, y: str,            # columns
+    x: str,                    # a column
+    y: str,                    # another one
     by: list,                  # columns of what is one point, such as [base, next]; other rows of it are averaged
     where: str = '',           # a pandas query: rows that count
-    table: str = 'metrics.parquet',
+    table: str = 'metrics.parquet',  # of the run
 ):
     "Pearson's r of two columns over points; Fisher's interval. Seeds repeat the same points and add none."
     rows = run_table(folder, table)
@@ -134,9 +136,9 @@ def correlation(folder,
 # %% ../../nbs/analysis/892_checks.ipynb #c59da8c9
 @CHECKS.register('forgetting')
 def forgetting(folder,
-    strategy: str,
+    strategy: str,             # whose rows count
     of: str = 'backward_transfer',  # a column of `summaries`
-    metric: str = 'pixel_ap',
+    metric: str = 'pixel_ap',  # column
     joint: str = 'joint',      # the strategy that learned all together
 ):
     "Forgetting, routing or joint gap of a strategy in the order that all strategies share."
@@ -149,8 +151,8 @@ def forgetting(folder,
 @CHECKS.register('order')
 def order(folder,
     source: str = 'first',     # of `order_components`: 'first', 'rest of the order', 'seed'
-    strategy: str = 'base',
-    metric: str = 'pixel_ap',
+    strategy: str = 'base',    # whose rows count
+    metric: str = 'pixel_ap',  # column
 ):
     "Standard deviation of the mean over classes by a source; Williams' interval, n orders."
     rows = final_rows(select(run_table(folder), {'strategy': strategy}))
@@ -177,7 +179,7 @@ def ranking(folder,
     kind: str = 'driving_tooth',  # of fault
     metric: str = 'auroc',     # or 'found': share found at 1 % false alarms
     where: dict | None = None, # images that count; None: cold test images
-    draws: int = 400,
+    draws: int = 400,          # of the bootstrap
 ):
     "How well a detector ranks faults above normals, or how much better than another; n faults."
     rows = select(run_table(folder, 'images.parquet'), where or {'split': 'test', 'condition': 'cold'})
@@ -211,7 +213,7 @@ def separates(folder,
     score: str,                # column
     label: str,                # column of 0 and 1
     where: dict | None = None, # rows that count; None: all
-    table: str = 'metrics.parquet',
+    table: str = 'metrics.parquet',  # of the run
 ):
     "AUROC of a column; bootstrap over rows."
     rows = select(run_table(folder, table), where or {})

@@ -58,7 +58,8 @@ def test_every_package_that_is_imported_is_declared():
     declared = {re.match(r'[A-Za-z0-9_.-]+', d)[0].lower().replace('_', '-')
                 for part in re.findall(r'^(?:dependencies|dev|anomalib|onnx|ray|umap) = \[(.*?)\]$', text, re.S | re.M)
                 for d in re.findall(r'"([^"]+)"', part)}
-    other = {'sklearn': 'scikit-learn', 'skimage': 'scikit-image', 'PIL': 'pillow', 'yaml': 'pyyaml', 'umap': 'umap-learn'}
+    other = {'sklearn': 'scikit-learn', 'skimage': 'scikit-image', 'PIL': 'pillow', 'yaml': 'pyyaml',
+             'umap': 'umap-learn'}
     found = set()
     for file in (ROOT / 'adflow').rglob('*.py'):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -28,7 +28,7 @@ from papermill.parameterize import parameterize_notebook
 from PIL import Image
 from scipy.stats import rankdata
 
-from adflow.evaluate.scoring import pixel_maps
+from adflow.evaluate.scoring import image_scores, pixel_maps
 from adflow.features.augment import draw
 from adflow.views.latent import sample_patches
 from adflow.views.scores import OpenRun, demo_run
@@ -173,7 +173,7 @@ class Explorer:
             const read = () => [...document.querySelectorAll(css)].map(e => e.textContent).join('|');
             const before = read();
             window.began = window.took = null;
-            for (const kind of ['keydown', 'change', 'click']) addEventListener(kind, () => {
+            for (const kind of ['keydown', 'change', 'mouseup']) addEventListener(kind, () => {
                 window.began ??= performance.now() }, {capture: true});
             new MutationObserver((_, me) => { if (window.began && read() !== before) {
                 window.took = performance.now() - window.began; me.disconnect() }
@@ -316,9 +316,12 @@ def score_maps(page, runs):
     page.says('.adflow-verdict', [f'score {scores[other]:.4g} → passes'], 'another image')
     page.says('.adflow-near', [], 'the patches of the former image are gone')
     page.timed('.adflow-confusion', lambda: page.choose('class', label='retina'), 'class chosen')
-    page.press('threshold', 'End')
     scores, bad = scores_of(run, 'retina', 3), run.labels('retina') == 1
-    page.says('.adflow-confusion', confusion(scores, bad, scores.max()), 'another class')
+    start = run.threshold('retina', lambda maps: image_scores(maps, {'name': 'top_k', 'k': 3}))
+    page.page.wait_for_timeout(1000)     # the page must not send its own idea of the threshold back
+    page.says('.adflow-confusion', confusion(scores, bad, start), 'another class begins at its own threshold')
+    page.press('threshold', 'End')
+    page.says('.adflow-confusion', confusion(scores, bad, scores.max()), 'the highest threshold of another class')
 
 @explorer('compare', first='flow', second='bank')
 def compare(page, runs):
@@ -381,7 +384,7 @@ def hdmap(page, runs):
     page.says('.adflow-planted', ['driving gear, tooth 5, severity 1.00'], 'as the parameters say')
     page.timed('.adflow-planted', lambda: page.press('severity', 'Home'), 'no fault')
     page.says('.adflow-planted', ['nothing'], 'no fault')
-    page.enter('tooth', 8)
+    page.enter('tooth', 8)               # and at once another slider: none of the two may be lost
     page.timed('.adflow-planted', lambda: page.enter('severity', 1.5), 'severity 1.5')
     page.says('.adflow-planted', ['driving gear, tooth 8, severity 1.50'], 'another fault')
     page.says('.adflow-diagnosis', lambda t: 'driving' in t[0] and '8' in t[0], 'and it is found')

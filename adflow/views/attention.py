@@ -15,6 +15,7 @@ from ..dinomaly.model import Dinomaly
 from ..dinomaly.visible import AttentionMaps, centre_of, decoder_inputs
 from ..features.augment import draw
 from ..parts import PartError, nearest, use_task
+from .living import LivingFigure, in_turn
 from .scores import OpenRun, as_source
 from ..workbook.figures import SCALE
 
@@ -177,23 +178,20 @@ def look(self: Attention, row: int, column: int) -> AttentionMaps:
 def show(self: Attention):
     "Class, image and layer as widgets, and the figure that is clicked; for JupyterLab."
     import ipywidgets as W
-    self.living, self.text = self.build(go.FigureWidget), W.HTML()
+    self.living, self.text = self.build(LivingFigure), W.HTML()
     cls = W.Dropdown(options=self.run.classes, value=self.cls, description='class')
     image = W.Dropdown(options=[(n, i) for i, n in enumerate(self.names)], value=self.image, description='image')
     layer = W.IntSlider(self.layer + 1, 1, len(self.blocks), description='layer', continuous_update=True)
-    self.widgets, busy = dict(cls=cls, image=image, layer=layer), []
+    self.widgets = dict(cls=cls, image=image, layer=layer)
+    @in_turn
     def changed(name, value):
-        if busy: return
-        busy.append(1)
-        try:
-            if name == 'cls':
-                self.choose(value)
-                image.options = [(n, i) for i, n in enumerate(self.names)]
-                image.value = self.image
-            elif name == 'image': self.open(value)
-            else: self.layer = value - 1
-            self.refresh('layer' if name == 'layer' else 'image')
-        finally: busy.clear()
+        if name == 'cls':
+            self.choose(value)
+            image.options = [(n, i) for i, n in enumerate(self.names)]
+            image.value = self.image
+        elif name == 'image': self.open(value)
+        else: self.layer = value - 1
+        self.refresh('layer' if name == 'layer' else 'image')
     for name, w in self.widgets.items(): w.observe(lambda c, name=name: changed(name, c['new']), 'value')
     for t in self.living.data:
         if t.type == 'heatmap':

@@ -17,6 +17,7 @@ from ..data.hdmap import hdmap_from_vibration
 from ..data.phase import tacho_phase
 from ..evaluate.diagnosis import diagnose
 from ..parts import PartError, nearest
+from .living import LivingFigure, in_turn
 from ..workbook.figures import BAD, COLOURS, GOOD, SCALE
 
 # %% auto #0
@@ -146,12 +147,10 @@ def lines(self: HDMapView) -> dict:
     K, (f, p), lim = self.map.signal.shape[1], self.spectrum(), float(abs(r.x).max())
     piece, around = a['piece'], len(a['piece']) // 2
     begin, end = (v / r.fs for v in a['samples'])
-    now = {'signal': (at / r.fs, x), 'here': ([begin, begin, end, end], [-lim, lim, lim, -lim]),
+    return {'signal': (at / r.fs, x), 'here': ([begin, begin, end, end], [-lim, lim, lim, -lim]),
             'healthy': self.healthy, 'spectrum': (f, p), 'cell': ([a['column']], [a['row']]),
             'piece': ((np.arange(piece.size) + .5) / K + a['mesh'] - around, piece.ravel()),
             'own': ((np.arange(K) + .5) / K + a['mesh'], a['own'])}
-    # lists: plotly's widget fails on what its page sends back of an array that has changed (plotly.py issue 4160)
-    return {k: tuple(np.asarray(v, np.float32).tolist() for v in xy) for k, xy in now.items()}
 
 @patch
 def words(self: HDMapView) -> dict:
@@ -178,7 +177,7 @@ def build(self: HDMapView, kind=go.Figure) -> go.Figure:
     now = self.lines()
     for name, (row, col, color, width) in style.items():
         x, y = now[name]
-        fig.add_scatter(x=x, y=y, mode='lines', name=name,
+        fig.add_scatter(x=np.asarray(x, np.float32), y=np.asarray(y, np.float32), mode='lines', name=name,
                         line=dict(color=color, width=width), hoverinfo='skip' if name in ('here', 'signal') else None,
                         row=row, col=col)
     fig.add_heatmap(z=self.map.map.astype(np.float32), colorscale=SCALE, showscale=False, name='map', row=2, col=1)
@@ -204,7 +203,7 @@ def refresh(self: HDMapView, everything: bool = True):
     with self.living.batch_update():
         for name, (x, y) in self.lines().items():
             if everything or name in ('here', 'cell', 'piece', 'own'):
-                t[name].x, t[name].y = x, y
+                t[name].x, t[name].y = np.asarray(x, np.float32), np.asarray(y, np.float32)
         if everything: t['map'].z = self.map.map.astype(np.float32)
         said = html.escape(words['diagnosis'])
         self.living.layout.title.text = f"{said}<br><sub>planted: {words['planted']}</sub>"
@@ -223,26 +222,23 @@ def look(self: HDMapView, row: int, column: int) -> dict:
 def show(self: HDMapView):
     "Fault, gear, teeth and severity as widgets, and the figure; for JupyterLab."
     import ipywidgets as W
-    self.living, self.text, s = self.build(go.FigureWidget), W.HTML(), self.state
+    self.living, self.text, s = self.build(LivingFigure), W.HTML(), self.state
     fault = W.Dropdown(options=FAULTS, value=s['fault'], description='fault')
     gear = W.Dropdown(options=GEARS, value=s['gear'], description='gear')
     sizes = lambda g: (self.N1 - 1, self.N2 - 1) if g == 'driving' else (self.N2 - 1, self.N1 - 1)
     tooth, partner = (W.IntSlider(s[k], 0, most, description=k) for k, most in
                       zip(('tooth', 'partner'), sizes(s['gear'])))
     severity = W.FloatSlider(s['severity'], min=0., max=2., step=.05, description='severity', continuous_update=True)
-    self.widgets, busy = dict(fault=fault, gear=gear, tooth=tooth, partner=partner, severity=severity), []
+    self.widgets = dict(fault=fault, gear=gear, tooth=tooth, partner=partner, severity=severity)
     def reach():
         tooth.max, partner.max = sizes(gear.value)
         tooth.disabled = fault.value == 'eccentricity'
         partner.disabled = fault.value in ('tooth', 'eccentricity')
+    @in_turn
     def changed(_):
-        if busy: return
-        busy.append(1)
-        try:
-            reach()
-            self.update(**{k: w.value for k, w in self.widgets.items()})
-            self.refresh()
-        finally: busy.clear()
+        reach()
+        self.update(**{k: w.value for k, w in self.widgets.items()})
+        self.refresh()
     for w in self.widgets.values(): w.observe(changed, 'value')
     heat = next(t for t in self.living.data if t.name == 'map')
     heat.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))

@@ -16,6 +16,7 @@ from sklearn.decomposition import PCA
 
 from ..analysis.calibration import latents
 from ..parts import PartError, nearest
+from .living import LivingFigure
 from .scores import OpenRun, as_source, crop_patch
 from ..workbook.figures import BAD, COLOURS, SCALE
 
@@ -255,7 +256,7 @@ def refresh(self: Latent, what: str):
 def show(self: Latent):
     "Choices, the figure with its lasso, and the patches inside; for JupyterLab."
     import ipywidgets as W
-    self.living, self.text, self.chosen, self.near, self.message = self.build(go.FigureWidget), *(
+    self.living, self.text, self.chosen, self.near, self.message = self.build(LivingFigure), *(
         W.HTML() for _ in range(4))
     space = W.Dropdown(options=SPACES, value=self.space, description='space')
     method = W.Dropdown(options=METHODS, value=self.method, description='projection')

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 
 from ..evaluate.metrics import METRICS
 from ..parts import PartError, nearest
+from .living import LivingFigure
 from .scores import demo_run
 from ..workbook.figures import COLOURS, TEMPLATE
 from ..workbook.params import ParamsError, read_yaml
@@ -117,8 +118,6 @@ def parallel(
     return go.Figure(_lines(table, columns, colour)).update_layout(
         template=TEMPLATE, height=420, width=1000, margin=dict(l=80, r=60, t=40, b=90))
 
-def _known(values) -> list: return [None if x != x else x for x in values.astype(float)]     # NaN is no JSON
-
 def _lines(table, columns, colour) -> go.Parcoords:
     dims = []
     for k in columns:
@@ -127,10 +126,16 @@ def _lines(table, columns, colour) -> go.Parcoords:
             names = sorted(v.fillna('–').astype(str).unique())
             v = v.fillna('–').astype(str).map(names.index)
             axis |= dict(tickvals=list(range(len(names))), ticktext=[n[:24] for n in names])
-        dims.append(axis | dict(values=_known(v)))
+        elif v.isna().any():         # below the others, as plotly has no place for what is missing
+            lo, hi = (0., 1.) if v.isna().all() else (v.min(), v.max())
+            below = lo - .15 * ((hi - lo) or 1)
+            axis |= dict(tickvals=[below, lo, hi], ticktext=['–', f'{lo:.4g}', f'{hi:.4g}'])
+            v = v.fillna(below)
+        dims.append(axis | dict(values=[float(x) for x in v]))
     line = dict(color=COLOURS[0])
     if colour in table and table[colour].notna().any():
-        line = dict(color=_known(table[colour]), colorscale='Viridis', showscale=True)
+        known = table[colour].astype(float)
+        line = dict(color=known.fillna(known.min()).tolist(), colorscale='Viridis', showscale=True)
     return go.Parcoords(dimensions=dims, line=line, labelangle=-25, labelside='bottom')
 
 # %% ../../nbs/views/954_runs.ipynb #7423a3d5
@@ -206,7 +211,7 @@ def show(self: Runs):
         self.message.value = (f"<b class='adflow-count'>0 runs in {html.escape(str(self.outputs.resolve()))}</b>. "
                               'Start one: adflow run params/moleflow/quickstart.yaml')
         return self.message
-    self.living = go.FigureWidget(self.figure() if len(self.shown) else parallel(self.table))
+    self.living = LivingFigure(self.figure() if len(self.shown) else parallel(self.table))
     query = W.Text(self.query, description='filter', continuous_update=False, layout=dict(width='520px'),
                    placeholder='image_auroc > .9 and seed == 0')
     sort = W.Dropdown(options=[k for k in self.table if k != 'path'], value=self.sort, description='sort by')

@@ -21,6 +21,7 @@ from ..evaluate.scoring import image_scores, pixel_maps
 from ..evaluate.stages import score_maps
 from ..memory.patchcore import nearest_members
 from ..parts import PartError
+from .living import LivingFigure, in_turn
 from ..workbook.figures import BAD, GOOD, SCALE
 from ..workbook.params import checkout, find_experiment, read_yaml, resolve, to_yaml
 from ..workbook.runs import RunError, read_json, write_file
@@ -304,32 +305,30 @@ def look(self: ScoreMaps, row: int, column: int) -> pd.DataFrame:
 def show(self: ScoreMaps):
     "Sliders, the figure, and the neighbours of a clicked patch; for JupyterLab."
     import ipywidgets as W
-    self.living, self.text, self.near = self.build(go.FigureWidget), W.HTML(), W.HBox()
+    self.living, self.text, self.near = self.build(LivingFigure), W.HTML(), W.HBox()
     lo, hi = float(self.scores.min()), float(self.scores.max())
     cls = W.Dropdown(options=self.run.classes, value=self.cls, description='class')
     image = W.Dropdown(options=[(n, i) for i, n in enumerate(self.names)], value=self.image, description='image')
     k = W.IntSlider(self.k, 1, 50, description='top k', continuous_update=True)
     limit = W.FloatSlider(min(max(self.limit, lo), hi), min=lo, max=hi, step=(hi - lo) / 200 or 1,
                           description='threshold', readout_format='.4g')
-    self.widgets, busy = dict(cls=cls, image=image, k=k, limit=limit), []
+    self.widgets = dict(cls=cls, image=image, k=k, limit=limit)
     def bounds():
         a, b = float(self.scores.min()), float(self.scores.max())
-        limit.max, limit.min, limit.step = max(b, limit.min), min(a, b), (b - a) / 200 or 1
-        limit.max, limit.value = b, min(max(self.limit, a), b)
+        with limit.hold_sync():      # one message: of several the page would send a clamped threshold back
+            limit.max, limit.min, limit.step = max(b, limit.min), min(a, b), (b - a) / 200 or 1
+            limit.max, limit.value = b, min(max(self.limit, a), b)
+    @in_turn
     def changed(name, value):
-        if busy: return
-        busy.append(1)
-        try:
-            if name == 'cls':
-                self.choose(value)
-                image.options = [(n, i) for i, n in enumerate(self.names)]
-                image.value = self.image
-                bounds()
-            elif name == 'image': self.image, self.patch = value, None
-            elif name == 'k': self.aggregate(value); bounds()
-            else: self.limit = value
-            self.refresh({'cls': ('image', 'scores'), 'image': ('image',), 'k': ('scores',), 'limit': ()}[name])
-        finally: busy.clear()
+        if name == 'cls':
+            self.choose(value)
+            image.options = [(n, i) for i, n in enumerate(self.names)]
+            image.value = self.image
+            bounds()
+        elif name == 'image': self.image, self.patch = value, None
+        elif name == 'k': self.aggregate(value); bounds()
+        else: self.limit = value
+        self.refresh({'cls': ('image', 'scores'), 'image': ('image',), 'k': ('scores',), 'limit': ()}[name])
     for name, w in self.widgets.items(): w.observe(lambda c, name=name: changed(name, c['new']), 'value')
     heat = next(t for t in self.living.data if t.name == 'map')
     heat.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))

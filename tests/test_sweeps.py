@@ -114,6 +114,7 @@ class Fake:
         for name, code in ended:
             run = next(r for r in self.sweep.runs if r.name == name)
             state = {0: 'done', 1: 'failed'}.get(code)
+            if code == 'nothing': code = 0; ended = [(n, 0) for n, _ in ended]      # 0, and no run
             folder = self.sweep.final(run) if code == 0 else self.sweep.partial(run)
             if state:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +139,12 @@ def test_what_exit_codes_mean(home):
     again = Fake(sweep, {})
     out = execute(sweep, again, retry_failed=True, say=said.append)
     assert again.asked == [b] and len(out.done) == 4 and not out.failed
+
+def test_a_run_that_says_nothing_is_not_done(home):
+    "Exit code 0 without a finished folder is a failure, with the last words of the log."
+    sweep = sweep_of(home, seeds=[0])
+    out = execute(sweep, Fake(sweep, {sweep.runs[0].name: ['nothing']}), say=str)
+    assert list(out.failed.values())[0][0] == 'nothing was said' and not out.done
 
 def test_a_clock_that_jumps(home, monkeypatch):
     "Nothing in the loop trusts the wall clock."

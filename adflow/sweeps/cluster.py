@@ -22,6 +22,7 @@ def run_command(
 ) -> int:                        # exit code
     "Runs a command as a child of this process."
     env = dict(os.environ, **environment, ADFLOW_PARENT=str(os.getpid()))
+    env.pop('IN_TEST', None)
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [environment.get('PYTHONPATH'), env.get('PYTHONPATH')]))
     with open(log, 'ab') as out:
         process = subprocess.Popen([sys.executable, *command], env=env, cwd=folder if Path(folder).is_dir() else None,

@@ -50,8 +50,10 @@ class Local:
 
     def environment(self, gpu) -> dict:
         "Of a run in the slot of a GPU, or of none."
-        return dict(os.environ, CUDA_VISIBLE_DEVICES='' if gpu is None else str(gpu), ADFLOW_PARENT=str(os.getpid()),
-                    **{k: str(self.threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')})
+        threads = {f'{k}_NUM_THREADS': str(self.threads) for k in ('OMP', 'MKL', 'OPENBLAS')}
+        env = dict(os.environ, CUDA_VISIBLE_DEVICES='' if gpu is None else str(gpu), ADFLOW_PARENT=str(os.getpid()))
+        env.pop('IN_TEST', None)                         # nbdev's word for its own process; a run is none of its cells
+        return env | threads
 
     def start(self, name: str, command: list, log: Path):
         "Starts a command in a free slot."
@@ -182,7 +184,7 @@ def begin(self: Execution, r: Planned):
 @patch
 def end(self: Execution, r: Planned, code: int):
     "What the exit code of a run means."
-    if code == 0: return self.tell('done', r)
+    if code == 0 and self.sweep.state(r) == 'done': return self.tell('done', r)
     if code == RunBusy.exit_code:                    # another sweep has it: look again later
         self.started.discard(r.name); self.later[r.name] = time.monotonic() + 5
         return self.waiting.append(r)

@@ -117,7 +117,8 @@ def checkout(tmp_path):
     (tmp_path / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
     (tmp_path / 'tests').mkdir()
     (tmp_path / 'tests/test_x.py').write_text(
-        'import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n'
+        'import os, pytest\ndef test_a(): assert "IN_TEST" not in os.environ\n'
+        'def test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n'
         '@pytest.fixture\ndef f(): 1/0\ndef test_d(f): pass\n')
     (tmp_path / 'tests/test_good.py').write_text('def test_a(): pass\n')
     for name, source in [('good', '1'), ('bad', 'assert 1 == 2'), ('slow', '#| slow\nassert 0')]:

@@ -58,8 +58,8 @@ def _test_notebooks(root: Path, notebooks: list[Path], slow: bool, bench: bool, 
     import torch
     wanted = dict(slow=slow, bench=bench, data=_has_data(), cuda=(slow or bench) and torch.cuda.is_available())
     flags = ' '.join(k for k, v in wanted.items() if v)
-    threads = {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')}
-    os.environ.update(threads, TQDM_DISABLE='1', IN_TEST='1',
+    before, threads = dict(os.environ), {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'MKL', 'OPENBLAS')}
+    os.environ.update(threads, TQDM_DISABLE='1', IN_TEST='1',     # for the notebooks; what pytest starts is no cell
                       PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')])))
     fork = multiprocessing.get_context('forkserver' if sys.platform != 'win32' else 'spawn')
     if sys.platform != 'win32': fork.set_forkserver_preload(list(_WARM))
@@ -74,7 +74,10 @@ def _test_notebooks(root: Path, notebooks: list[Path], slow: bool, bench: bool, 
               flush=True)
         if p.exitcode: print('\n'.join(said.split('\n')[-40:]) or f'exit code {p.exitcode}', flush=True)
         return p.exitcode
-    with ThreadPoolExecutor(workers) as pool: codes = list(pool.map(one, notebooks))
+    try:
+        with ThreadPoolExecutor(workers) as pool: codes = list(pool.map(one, notebooks))
+    finally:
+        os.environ.clear(); os.environ.update(before)
     return [nb for nb, code in zip(notebooks, codes) if code]
 
 def _has_data() -> bool:

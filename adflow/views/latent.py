@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from skimage.measure import points_in_poly
 from sklearn.decomposition import PCA
 
 from ..analysis.calibration import latents
@@ -229,6 +230,13 @@ def select(self: Latent,
     return part
 
 @patch
+def inside(self: Latent,
+    outlines: list,                  # each (corners, 2), on the plane
+) -> np.ndarray:                     # places in the table
+    "The points inside any of the outlines."
+    return np.flatnonzero(np.any([points_in_poly(self.xy, o) for o in outlines], 0) if outlines else [])
+
+@patch
 def highest(self: Latent, percent: float) -> pd.DataFrame:
     "Selects the patches with the highest scores."
     n = round(len(self.table) * percent / 100)
@@ -276,7 +284,7 @@ def show(self: Latent):
         self.refresh('colour')
     space.observe(plane, 'value'); method.observe(plane, 'value')
     colour.observe(dye, 'value'); top.observe(lambda change: self.highest(change['new']), 'value')
-    self.living.data[0].on_selection(lambda _, points, __: self.select(points.point_inds))
+    self.living.on_outline(lambda outlines: self.select(self.inside(outlines)))
     self.living.data[0].on_click(lambda _, points, __: points.point_inds and self.select(points.point_inds))
     self.refresh('colour'); self.select(self.selected)
     return W.VBox([W.HBox([space, method, colour]), top, self.text, self.message, self.living, self.chosen, self.near])

@@ -35,3 +35,16 @@ class LivingFigure(go.FigureWidget):
         if isinstance(input_data, dict):
             delta_data = {k: v for k, v in delta_data.items() if not isinstance(input_data.get(k), np.ndarray)}
         return go.FigureWidget._remove_overlapping_props(input_data, delta_data, prop_path)
+
+    def on_outline(self,
+        react,                       # function of a list of outlines, each (corners, 2) in data units; [] if taken away
+    ):
+        "Reacts to what is drawn with lasso or box."
+        def drawn(change):
+            sent = (change['new'] or {}).get('relayout_data') or {}
+            if 'selections' in sent: react([_corners(s) for s in sent['selections']])
+        self.observe(drawn, '_js2py_relayout')
+
+def _corners(s):
+    if s['type'] == 'path': return np.array([c.split(',') for c in s['path'].strip('MZ').split('L')], float)
+    return np.array([(s[x], s[y]) for x, y in (('x0', 'y0'), ('x0', 'y1'), ('x1', 'y1'), ('x1', 'y0'))], float)

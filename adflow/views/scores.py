@@ -315,9 +315,9 @@ def show(self: ScoreMaps):
     self.widgets = dict(cls=cls, image=image, k=k, limit=limit)
     def bounds():
         a, b = float(self.scores.min()), float(self.scores.max())
-        with limit.hold_sync():      # one message: of several the page would send a clamped threshold back
-            limit.max, limit.min, limit.step = max(b, limit.min), min(a, b), (b - a) / 200 or 1
-            limit.max, limit.value = b, min(max(self.limit, a), b)
+        limit.min, limit.max = min(a, limit.min), max(b, limit.max)     # wide first: the page clamps what is outside
+        self.limit = limit.value = min(max(self.limit, a), b)           # and sends that back as if it were moved
+        limit.min, limit.max, limit.step = a, b, (b - a) / 200 or 1
     @in_turn
     def changed(name, value):
         if name == 'cls':

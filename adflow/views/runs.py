@@ -122,12 +122,13 @@ def _lines(table, columns, colour) -> go.Parcoords:
     dims = []
     for k in columns:
         v, axis = table[k], dict(label=k)
-        if not pd.api.types.is_numeric_dtype(v) or pd.api.types.is_bool_dtype(v):
-            names = sorted(v.fillna('–').astype(str).unique())
-            v = v.fillna('–').astype(str).map(names.index)
+        if not pd.api.types.is_numeric_dtype(v) or pd.api.types.is_bool_dtype(v) or v.isna().all():
+            v = v.astype(object).where(v.notna(), '–').astype(str)
+            names = sorted(v.unique())
+            v = v.map(names.index)
             axis |= dict(tickvals=list(range(len(names))), ticktext=[n[:24] for n in names])
         elif v.isna().any():         # below the others, as plotly has no place for what is missing
-            lo, hi = (0., 1.) if v.isna().all() else (v.min(), v.max())
+            lo, hi = v.min(), v.max()
             below = lo - .15 * ((hi - lo) or 1)
             axis |= dict(tickvals=[below, lo, hi], ticktext=['–', f'{lo:.4g}', f'{hi:.4g}'])
             v = v.fillna(below)

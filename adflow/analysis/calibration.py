@@ -140,13 +140,13 @@ def qq_figure(
 def conformal_p(
     held,                      # (n,) scores of held-out normals
     scores,                    # (m,) of new images
-    seed: int = 0,             # of the ties
-) -> np.ndarray:               # (m,), exactly uniform if the new images are normals like the held-out ones
+    seed: int | None = 0,      # of the ties; None: a tie counts as usual, the least sure verdict
+) -> np.ndarray:               # (m,), exactly uniform (None: or above) if the new are normals like the held-out ones
     "How extreme scores are among held-out normals; small is anomalous."
     held, scores = np.sort(np.asarray(held, float)), np.asarray(scores, float)
     if not len(held): raise ValueError('conformal_p: there are no held-out normals.')
     left, right = np.searchsorted(held, scores), np.searchsorted(held, scores, side='right')
-    u = np.random.default_rng(seed).random(scores.shape)
+    u = 1. if seed is None else np.random.default_rng(seed).random(scores.shape)
     return (len(held) - right + u * (1 + right - left)) / (len(held) + 1)
 
 @lru_cache

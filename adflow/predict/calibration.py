@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -18,18 +17,9 @@ from ..features.disk import as_json
 from ..workbook.runs import write_file
 
 # %% auto #0
-__all__ = ['VERSION', 'p_values', 'least_rate', 'groups_of', 'fingerprint_of', 'held_out', 'restored_aggregate', 'describe_run',
-           'remember']
+__all__ = ['VERSION', 'least_rate', 'groups_of', 'fingerprint_of', 'held_out', 'restored_aggregate', 'describe_run', 'remember']
 
 # %% ../../nbs/predict/97_calibration.ipynb #24e1466f
-def p_values(
-    scores,                 # (N,) of new images
-    normal,                 # (n,) of held-out normal images
-) -> np.ndarray:            # (N,) in [1 / (n + 1), 1]
-    "Conformal p-values: how usual a score is among normal images; a tie counts as usual."
-    normal = np.sort(np.asarray(normal, float))
-    return (1 + len(normal) - np.searchsorted(normal, np.asarray(scores, float))) / (len(normal) + 1)
-
 def least_rate(n: int) -> float:
     "The smallest rate of false alarms that n held-out images can bound."
     return 1 / (n + 1)

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..parts import PartError
-from .score import RESULTS, Predictor, result_table
+from .score import RESULTS, Predictor, as_table
 from ..workbook.runs import write_file
 
 # %% auto #0
@@ -106,10 +106,10 @@ def score_files(
                 rows[f] = row | common | {'content': content[f]}
                 fresh.append(rows[f])
             if len(fresh) >= part or i + batch_size >= len(todo):
-                write_file(to/'.parts'/f'{number:06}.parquet', result_table(fresh, _KEYS).to_parquet(index=False))
+                write_file(to/'.parts'/f'{number:06}.parquet', as_table(fresh, _KEYS).to_parquet(index=False))
                 number, fresh = number + 1, []
             bar.update(len(batch))
-    table = result_table([rows[f] for f in files], _KEYS)
+    table = as_table([rows[f] for f in files], _KEYS)
     write_file(to/'scores.parquet', table.to_parquet(index=False))
     shutil.rmtree(to/'.parts')
     table.attrs['kept'] = kept

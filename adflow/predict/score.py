@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..analysis.calibration import conformal_p
 from ..continual.learner import Checkpoint
 from ..continual.routers import Oracle
 from ..continual.routing import Router
@@ -26,12 +27,12 @@ from ..features.backbone import BACKBONES
 from ..features.disk import as_json
 from ..features.store import FeatureSet
 from ..parts import DETECTORS, PartError, nearest
-from .calibration import (VERSION, describe_run, fingerprint_of, least_rate, p_values, restored_aggregate)
+from .calibration import VERSION, describe_run, fingerprint_of, least_rate, restored_aggregate
 from ..views.scores import OpenRun, overlay
 from ..workbook.runs import RunError, read_json, write_file
 
 # %% auto #0
-__all__ = ['RESULTS', 'Frames', 'Predictor', 'result_table', 'find_folder', 'load']
+__all__ = ['RESULTS', 'Frames', 'Predictor', 'as_table', 'find_folder', 'load']
 
 # %% ../../nbs/predict/98_score.ipynb #78416652
 class Frames:
@@ -105,8 +106,8 @@ def verdict(self: Predictor,
 ) -> dict:                             # limit, p_value, alarm (None without a promised rate)
     "What a score means."
     limit, held = self.limit(way, category), self.held.get((way, category))
-    return dict(limit=limit, p_value=math.nan if held is None else float(p_values([score], held['score'])[0]),
-                alarm=None if math.isnan(limit) else score > limit)
+    p = math.nan if held is None else float(conformal_p(held['score'], [score], seed=None)[0])
+    return dict(limit=limit, p_value=p, alarm=None if math.isnan(limit) else score > limit)
 
 @patch
 def check(self: Predictor,
@@ -194,7 +195,7 @@ def picture(self: Predictor, image, row: dict, way='routed') -> np.ndarray:
 RESULTS = ('image', 'error', 'task', 'class', 'group', 'margin', 'score', 'limit', 'p_value', 'alarm')
 _NUMBERS = ('margin', 'score', 'limit', 'p_value')
 
-def result_table(
+def as_table(
     rows: list,                        # dicts; what is missing is None
     more=(),                           # columns beside `RESULTS`
 ) -> pd.DataFrame:                     # numbers float64, alarm boolean (perhaps NA), all else as it is, None stays None
@@ -232,7 +233,7 @@ def score_batch(self: Predictor,
         else: sets.setdefault((a[0], told[i] is None), []).append(i)
     for (size, _), at in sets.items():
         for j in range(0, len(at), 16): self._fill(out, at[j:j + 16], size, arrays, told, pictures)
-    return result_table(out, ('map', 'picture') if pictures else ('map',))
+    return as_table(out, ('map', 'picture') if pictures else ('map',))
 
 @patch
 def _fill(self: Predictor, out, at, size, arrays, told, pictures):

@@ -18,8 +18,8 @@ from .plan import Planned, Sweep, SweepError, plan_table
 from ..workbook.runs import RunBusy, last_stage, read_json, write_file
 
 # %% auto #0
-__all__ = ['EXECUTORS', 'gpu_count', 'Local', 'state_table', 'write_status', 'result_table', 'Outcome', 'explain', 'Execution',
-           'execute']
+__all__ = ['EXECUTORS', 'STATES', 'gpu_count', 'Local', 'progress_of', 'state_table', 'write_status', 'result_table', 'Outcome',
+           'explain', 'Execution', 'execute']
 
 # %% ../../nbs/sweeps/961_execute.ipynb #561baf57
 EXECUTORS = Registry('executor', 'where the runs of a sweep are executed', context=())
@@ -78,29 +78,35 @@ class Local:
         self.running = {}
 
 # %% ../../nbs/sweeps/961_execute.ipynb #30eb2fd8
+def progress_of(
+    folder,                      # a run that is being worked on: its partial folder
+    guess: float = float('nan'), # minutes that it will take
+) -> dict:                       # doing, progress (0…1, of the cells), loss, memory_gib, gpu_gib, minutes, left
+    "How far a run is, as its launcher tells."
+    p = read_json(Path(folder)/'.progress.json')
+    bar = f" {p['done']}/{p['of']}" if p.get('doing') and 'done' in p else ''
+    return dict(doing=(p.get('doing') or p.get('section') or 'starting') + bar, loss=p.get('loss'),
+                progress=p.get('cell', 0) / max(p.get('cells', 1), 1), memory_gib=p.get('memory_gib'),
+                gpu_gib=p.get('gpu_gib'), minutes=p.get('minutes'), left=max(guess - (p.get('minutes') or 0), 0))
+
+STATES = ['run', 'state', 'doing', 'progress', 'loss', 'memory_gib', 'gpu_gib', 'minutes', 'left', 'error']
+
 def state_table(
     sweep: Sweep,
     plan: pd.DataFrame,          # as from `plan_table`, for the estimated minutes
-) -> pd.DataFrame:               # run, state, doing, progress (0…1, of the cells), loss, memory, minutes, left, error
+) -> pd.DataFrame:               # a row per run: `STATES`
     "How far every run is, whoever executes it; `minutes`: taken, `left`: estimated."
     rows = []
     for r, guess in zip(sweep.runs, plan['minutes']):
         row = dict(run=f'{r.params.experiment}/{r.name}', state=sweep.state(r))
-        if row['state'] == 'running':
-            p = read_json(sweep.partial(r)/'.progress.json')
-            bar = f" {p['done']}/{p['of']}" if p.get('doing') and 'done' in p else ''
-            row |= dict(doing=(p.get('doing') or p.get('section') or 'starting') + bar, loss=p.get('loss'),
-                        progress=p.get('cell', 0) / max(p.get('cells', 1), 1), memory_gib=p.get('memory_gib'),
-                        gpu_gib=p.get('gpu_gib'), minutes=p.get('minutes'),
-                        left=max(guess - (p.get('minutes') or 0), 0))
+        if row['state'] == 'running': row |= progress_of(sweep.partial(r), guess)
         elif row['state'] == 'done':
             m = read_json(sweep.final(r)/'manifest.json')
             row |= dict(progress=1., memory_gib=m.get('peak_memory_gib'), minutes=m.get('minutes'), left=0.)
         else:
             row |= dict(left=guess, error=read_json(sweep.partial(r)/'manifest.json').get('error'))
         rows.append(row)
-    columns = ['run', 'state', 'doing', 'progress', 'loss', 'memory_gib', 'gpu_gib', 'minutes', 'left', 'error']
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=STATES)
 
 def write_status(
     sweep: Sweep,

@@ -19,7 +19,7 @@ from ..data.datasets import open_dataset
 from ..evaluate.metrics import EVALUATOR
 from ..parts import nearest
 from ..workbook.params import Params, ParamsError, find_params, load, read_notebook, read_yaml
-from ..workbook.runs import RunFolder, differences, read_json, run_state
+from ..workbook.runs import RunFolder, differences, parameters_of, read_json, run_state
 
 # %% auto #0
 __all__ = ['SweepError', 'Spec', 'read_sweep', 'draw_values', 'expand', 'code_version', 'data_version', 'Planned',
@@ -268,9 +268,8 @@ def past_runs(
     for m in Path(outputs).glob(f'{experiment}/*/manifest.json'):
         about = read_json(m)
         if about.get('state') != 'done' or not about.get('minutes') or len(about.get('starts', [])) > 1: continue
-        try: values = read_yaml((m.parent/'params.yaml').read_text(encoding='utf-8'), str(m))
-        except (OSError, ValueError): continue
-        found.append(({k: v for k, v in values.items() if k not in ('experiment', 'name', 'seed')}, about['minutes']))
+        try: found.append((parameters_of(m.parent), about['minutes']))
+        except (OSError, ParamsError): continue
     return found
 
 def estimate(
@@ -279,8 +278,7 @@ def estimate(
     most: int = 3,               # how many of the nearest count
 ) -> float:                      # minutes; NaN without past runs
     "How long a run will take."
-    values = {k: v for k, v in values.items() if k != 'seed'}
-    near = sorted((len(differences(v, values)), m) for v, m in past)[:most]
+    near = sorted((len(differences(v | {'seed': 0}, values | {'seed': 0})), m) for v, m in past)[:most]
     return float(np.median([m for _, m in near])) if near else float('nan')
 
 def plan_table(

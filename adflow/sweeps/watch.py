@@ -5,7 +5,6 @@
 # %% ../../nbs/sweeps/962_watch.ipynb #5ee19141
 from __future__ import annotations
 import math
-from pathlib import Path
 
 import pandas as pd
 from rich.console import Console, Group
@@ -13,9 +12,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from .execute import STATES, progress_of
 from .plan import estimate, past_runs
-from ..workbook.params import read_yaml
-from ..workbook.runs import list_runs, read_json
+from ..workbook.params import ParamsError
+from ..workbook.runs import list_runs, parameters_of, read_json
 
 # %% auto #0
 __all__ = ['STYLES', 'clock', 'remaining', 'bar', 'view', 'Watcher', 'running_now']
@@ -89,21 +89,14 @@ def running_now(
     outputs='outputs',           # folder of all runs
 ) -> pd.DataFrame:               # as `sweeps.execute.state_table`, of all runs that are not done
     "Every run that is being worked on, or was left."
-    runs, rows = list_runs(outputs), []
+    runs, past, rows = list_runs(outputs), {}, []
     for r in runs[runs['state'] != 'done'].itertuples():
-        folder = Path(r.path)
-        p = read_json(folder/'.progress.json') if r.state == 'running' else {}
-        left = float('nan')
+        row = dict(run=f'{r.experiment}/{r.name}', state=r.state)
+        row['error'] = read_json(f'{r.path}/manifest.json').get('error')
         if r.state == 'running':
-            try: values = read_yaml((folder/'params.yaml').read_text(encoding='utf-8'), str(folder))
-            except (OSError, ValueError): values = {}
-            values = {k: v for k, v in values.items() if k not in ('experiment', 'name')}
-            left = max(estimate(values, past_runs(outputs, r.experiment)) - (p.get('minutes') or 0), 0)
-        count = f" {p['done']}/{p['of']}" if p.get('doing') and 'done' in p else ''
-        rows.append(dict(run=f'{r.experiment}/{r.name}', state=r.state, loss=p.get('loss'),
-                         progress=p.get('cell', 0) / max(p.get('cells', 1), 1),
-                         doing=(p.get('doing') or p.get('section') or '') + count,
-                         memory_gib=p.get('memory_gib'), gpu_gib=p.get('gpu_gib'), minutes=p.get('minutes'), left=left,
-                         error=read_json(folder/'manifest.json').get('error')))
-    columns = ['run', 'state', 'progress', 'doing', 'loss', 'memory_gib', 'gpu_gib', 'minutes', 'left', 'error']
-    return pd.DataFrame(rows, columns=columns)
+            if r.experiment not in past: past[r.experiment] = past_runs(outputs, r.experiment)
+            try: guess = estimate(parameters_of(r.path), past[r.experiment])
+            except (OSError, ParamsError): guess = math.nan      # it has just begun
+            row |= progress_of(r.path, guess)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=STATES)

@@ -15,7 +15,7 @@ from ..dinomaly.model import Dinomaly
 from ..dinomaly.visible import AttentionMaps, centre_of, decoder_inputs
 from ..features.augment import draw
 from ..parts import PartError, nearest, use_task
-from .living import LivingFigure, in_turn
+from .living import LivingFigure, View, in_turn, link_panels, patch_cells, patch_centre
 from .scores import OpenRun, as_source
 from ..workbook.figures import SCALE
 
@@ -23,7 +23,7 @@ from ..workbook.figures import SCALE
 __all__ = ['Attention', 'outlined']
 
 # %% ../../nbs/views/952_attention.ipynb #9ad6aa7d
-class Attention:
+class Attention(View):
     "Attention and reconstruction error of the images of a Dinomaly run."
     def __init__(self,
         run: OpenRun,
@@ -120,8 +120,8 @@ def build(self: Attention, kind=go.Figure) -> go.Figure:
     errors = [k for k in p if k.startswith('error')]
     titles = ['image', 'attention of the token', *[f'error, group {k[6:]}' for k in errors]]
     fig = make_subplots(1, len(titles), subplot_titles=titles, horizontal_spacing=.02)
-    y, x = p['size'][0] / h, p['size'][1] / w
-    place = dict(x0=(x - 1) / 2, dx=x, y0=(y - 1) / 2, dy=y, showscale=False)
+    place = patch_cells(p['size'], (h, w)) | {'showscale': False}
+    x, y = patch_centre(p['size'], (h, w), *self.token)
     for col, name in ((1, 'image'), (2, 'image below')):
         fig.add_trace(go.Image(source=p['image'], name=name, hoverinfo='skip'), 1, col)
     fig.add_heatmap(z=np.zeros((h, w), np.int8), name='tokens', opacity=.01, hoverinfo='none', row=1, col=1, **place)
@@ -132,27 +132,18 @@ def build(self: Attention, kind=go.Figure) -> go.Figure:
     for i, k in enumerate(errors):
         fig.add_heatmap(z=p[k], name=k, colorscale=SCALE, zmin=0, zmax=top, row=1, col=3 + i, **place)
     for i in range(len(titles)):
-        fig.add_scatter(x=[(self.token[1] + .5) * x - .5], y=[(self.token[0] + .5) * y - .5], mode='markers',
-                        name='token', hoverinfo='skip', marker=dict(symbol='cross', size=10, color='#FFA500', line=dict(
-                            color='black', width=1)), row=1, col=i + 1)
-        fig.update_xaxes(visible=False, matches='x', range=[-.5, p['size'][1] - .5], row=1, col=i + 1)
-        fig.update_yaxes(visible=False, matches='y', range=[p['size'][0] - .5, -.5], row=1, col=i + 1)
-    fig.update_yaxes(scaleanchor='x', row=1, col=1)
+        fig.add_scatter(x=x, y=y, mode='markers', name='token', hoverinfo='skip', marker=dict(symbol='cross', size=10,
+                        color='#FFA500', line=dict(color='black', width=1)), row=1, col=i + 1)
+    link_panels(fig, len(titles), p['size'])
     fig.update_layout(height=340, width=260 * len(titles), showlegend=False, margin=dict(l=10, r=10, t=70, b=10),
                       title=f'{self.cls}, {self.names[self.image]}')
     return kind(fig)
-
-@patch
-def figure(self: Attention) -> go.Figure:
-    "A static picture of the view as it is now."
-    return self.build()
 
 # %% ../../nbs/views/952_attention.ipynb #6ed624a6
 @patch
 def refresh(self: Attention, what: str):
     "Brings the living figure up to date: `image`, `token` or `layer`; only what changed is sent."
-    t, (h, w) = {x.name: x for x in self.living.data}, self.detector.grid
-    size = self.features.preprocess.size
+    t = {x.name: x for x in self.living.data}
     with self.living.batch_update():
         if what == 'image':
             p = self.panels()
@@ -164,7 +155,7 @@ def refresh(self: Attention, what: str):
         t['attention'].zmin, t['attention'].zmax = _bounds(now)
         if what != 'layer':
             for mark in (x for x in self.living.data if x.name == 'token'):
-                mark.x, mark.y = [(self.token[1] + .5) * size[1] / w - .5], [(self.token[0] + .5) * size[0] / h - .5]
+                mark.x, mark.y = patch_centre(self.features.preprocess.size, self.detector.grid, *self.token)
     self.text.value = self.words()
 
 @patch

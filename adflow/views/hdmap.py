@@ -17,7 +17,7 @@ from ..data.hdmap import hdmap_from_vibration
 from ..data.phase import tacho_phase
 from ..evaluate.diagnosis import diagnose
 from ..parts import PartError, nearest
-from .living import LivingFigure, in_turn
+from .living import LivingFigure, View, in_turn
 from ..workbook.figures import BAD, COLOURS, GOOD, SCALE
 
 # %% auto #0
@@ -59,7 +59,7 @@ def truth_of(
             'eccentricity': Truth('eccentricity', severity, **{k: 0 for k in one})}[fault]
 
 # %% ../../nbs/views/953_hdmap.ipynb #319d523f
-class HDMapView:
+class HDMapView(View):
     "A simulated gear pair with a fault: signal, spectrum, map and diagnosis."
     def __init__(self,
         fault: str = 'tooth',        # of `FAULTS`
@@ -189,11 +189,6 @@ def build(self: HDMapView, kind=go.Figure) -> go.Figure:
                       title=dict(text=f"{html.escape(words['diagnosis'])}<br><sub>planted: {words['planted']}</sub>",
                                  font_size=15))
     return kind(fig)
-
-@patch
-def figure(self: HDMapView) -> go.Figure:
-    "A static picture of the view as it is now."
-    return self.build()
 
 # %% ../../nbs/views/953_hdmap.ipynb #1253665b
 @patch

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['in_turn', 'LivingFigure']
+__all__ = ['in_turn', 'LivingFigure', 'View', 'patch_cells', 'patch_centre', 'link_panels']
 
 # %% ../../nbs/views/945_living.ipynb #9d808655
 def in_turn(
@@ -48,3 +48,32 @@ class LivingFigure(go.FigureWidget):
 def _corners(s):
     if s['type'] == 'path': return np.array([c.split(',') for c in s['path'].strip('MZ').split('L')], float)
     return np.array([(s[x], s[y]) for x, y in (('x0', 'y0'), ('x0', 'y1'), ('x1', 'y1'), ('x1', 'y0'))], float)
+
+# %% ../../nbs/views/945_living.ipynb #b6255b57
+class View:
+    "Something to look at; `build(kind)` draws it as it is now."
+    def figure(self) -> go.Figure:
+        "A static picture of the view as it is now."
+        return self.build()
+
+def patch_cells(
+    size, grid,                      # (h, w) of the image in pixels, (H, W) patches
+) -> dict:                           # x0, dx, y0, dy of a heat map
+    "Where the cells of a map lie on the image."
+    y, x = size[0] / grid[0], size[1] / grid[1]
+    return dict(x0=(x - 1) / 2, dx=x, y0=(y - 1) / 2, dy=y)
+
+def patch_centre(size, grid, row: int, column: int) -> tuple[list, list]:
+    "The middle of a patch in pixels, as x and y of a marker."
+    return [(column + .5) * size[1] / grid[1] - .5], [(row + .5) * size[0] / grid[0] - .5]
+
+def link_panels(
+    fig,                             # with images of one size in the first row
+    panels: int,
+    size,                            # (h, w) in pixels
+):
+    "Zooming into one zooms into all; square pixels, no ticks."
+    for i in range(1, panels + 1):
+        fig.update_xaxes(visible=False, matches='x', range=[-.5, size[1] - .5], row=1, col=i)
+        fig.update_yaxes(visible=False, matches='y', range=[size[0] - .5, -.5], row=1, col=i)
+    fig.update_yaxes(scaleanchor='x', row=1, col=1)

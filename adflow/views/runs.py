@@ -16,30 +16,26 @@ from ..parts import PartError, nearest
 from .living import LivingFigure
 from .scores import demo_run
 from ..workbook.figures import COLOURS, TEMPLATE
-from ..workbook.params import ParamsError, read_yaml
-from ..workbook.runs import differences, list_runs
+from ..workbook.params import ParamsError
+from ..workbook.runs import differences, list_runs, parameters_of
 
 # %% auto #0
-__all__ = ['ABOUT', 'parameters_of', 'run_table', 'demo_runs', 'filtered', 'servers', 'report_link', 'parallel', 'Runs']
+__all__ = ['ABOUT', 'run_table', 'demo_runs', 'filtered', 'servers', 'report_link', 'parallel', 'Runs']
 
 # %% ../../nbs/views/954_runs.ipynb #2d0bfa9c
 ABOUT = ('experiment', 'name', 'state', 'started', 'minutes', 'seed', 'commit', 'path')     # of `list_runs`
 
-def parameters_of(
-    path,                            # a run's folder
-) -> dict:                           # {} where they cannot be read
-    "The parameters of a run, nested as in its YAML, without experiment and name."
-    file = Path(path)/'params.yaml'
-    try: values = read_yaml(file.read_text(encoding='utf-8'), str(file))
+def _parameters(path) -> dict:
+    "Of a run; {} where they cannot be read."
+    try: return parameters_of(path)
     except (OSError, ParamsError): return {}
-    return {k: v for k, v in values.items() if k not in ('experiment', 'name')}
 
 def run_table(
     outputs='outputs',               # folder of all runs
 ) -> pd.DataFrame:                   # `list_runs`, and a column for each parameter in which they differ: 'subnet.rank'
     "Every run with what distinguishes it."
     runs = list_runs(outputs)
-    flat = pd.json_normalize([parameters_of(p) for p in runs['path']], sep='.') if len(runs) else pd.DataFrame()
+    flat = pd.json_normalize([_parameters(p) for p in runs['path']], sep='.') if len(runs) else pd.DataFrame()
     for k in flat: flat[k] = flat[k].map(lambda v: json.dumps(v) if isinstance(v, (list, dict)) else v)
     flat = flat[[k for k in flat if flat[k].nunique(dropna=False) > 1 and k not in runs]]
     return pd.concat([runs, flat.infer_objects()], axis=1)
@@ -165,7 +161,7 @@ class Runs:
         "In which parameters two runs differ."
         for n in (first, second):
             if n not in self.names: raise PartError(f"there is no run '{n}'.{nearest(n, self.names)}")
-        return differences(*(parameters_of(self.table['path'].iloc[self.names.index(n)]) for n in (first, second)))
+        return differences(*(_parameters(self.table['path'].iloc[self.names.index(n)]) for n in (first, second)))
 
     def page(self) -> str:           # HTML
         "The table, with a link to each report."

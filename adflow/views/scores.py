@@ -21,7 +21,7 @@ from ..evaluate.scoring import image_scores, pixel_maps
 from ..evaluate.stages import score_maps
 from ..memory.patchcore import nearest_members
 from ..parts import PartError
-from .living import LivingFigure, in_turn
+from .living import LivingFigure, View, in_turn, link_panels, patch_cells, patch_centre
 from ..workbook.figures import BAD, GOOD, SCALE
 from ..workbook.params import checkout, find_experiment, read_yaml, resolve, to_yaml
 from ..workbook.runs import RunError, read_json, write_file
@@ -171,7 +171,7 @@ def overlay(
     return (image * (1 - t) + np.array([255., 40, 0]) * t).round().astype(np.uint8)
 
 # %% ../../nbs/views/95_scores.ipynb #3061a9b7
-class ScoreMaps:
+class ScoreMaps(View):
     "Image, mask, map and overlay of a run's test images, with a threshold, an aggregate and patches to click."
     def __init__(self,
         run: OpenRun,
@@ -234,12 +234,11 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
     titles = ['image', 'mask', 'score map', 'overlay', 'scores of all images', 'ROC']
     spots = [[{}, {}, {}, {}], [{'colspan': 2}, None, {'colspan': 2}, None]]
     fig = make_subplots(2, 4, specs=spots, subplot_titles=titles, row_heights=[.54, .46], horizontal_spacing=.03)
-    p, c, (h, w) = self.panels(), self.curves(), self.features.grid
-    y, x = p['size'][0] / h, p['size'][1] / w
+    p, c = self.panels(), self.curves()
     for i, name in ((1, 'image'), (2, 'mask'), (4, 'overlay')):
         fig.add_trace(go.Image(source=p[name], name=name), 1, i)
-    fig.add_heatmap(z=p['heat'], x0=(x - 1) / 2, dx=x, y0=(y - 1) / 2, dy=y, zmin=self.bounds[0], zmax=self.bounds[1],
-                    colorscale=SCALE, showscale=False, name='map', row=1, col=3)
+    fig.add_heatmap(z=p['heat'], zmin=self.bounds[0], zmax=self.bounds[1], colorscale=SCALE, showscale=False, row=1,
+                    col=3, name='map', **patch_cells(p['size'], self.features.grid))
     fig.add_scatter(x=[None], y=[None], mode='markers', marker=dict(symbol='x', size=10, color=BAD), name='patch',
                     hoverinfo='skip', row=1, col=3)
     for label, color, name in ((0, GOOD, 'normal'), (1, BAD, 'defect')):
@@ -250,18 +249,10 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
                     color='black'), name='this image', row=2, col=1)
     fig.add_scatter(x=c['fpr'], y=c['tpr'], mode='lines', line_shape='hv', line_color=GOOD, name='ROC', row=2, col=3)
     fig.add_scatter(x=c['x'], y=c['y'], mode='markers', marker=dict(size=11, color='black'), name='here', row=2, col=3)
-    for i in range(1, 5):
-        fig.update_xaxes(visible=False, matches='x', row=1, col=i)
-        fig.update_yaxes(visible=False, matches='y', row=1, col=i, range=[p['size'][0] - .5, -.5])
-    fig.update_yaxes(scaleanchor='x', row=1, col=1)
+    link_panels(fig, 4, p['size'])
     fig.update_layout(height=540, width=1000, barmode='overlay', showlegend=False, margin=dict(l=20, r=20, t=60, b=30),
                       title=f'{self.cls}, {self.names[self.image]}')
     return kind(fig)
-
-@patch
-def figure(self: ScoreMaps) -> go.Figure:
-    "A static picture of the view as it is now."
-    return self.build()
 
 # %% ../../nbs/views/95_scores.ipynb #2fa12794
 @patch
@@ -291,9 +282,9 @@ def look(self: ScoreMaps, row: int, column: int) -> pd.DataFrame:
     import ipywidgets as W
     self.patch = int(row), int(column)
     near, train = self.run.like(self.cls, self.image, row, column), self.run.bank(self.cls)[-1]
-    t, (h, w), p = {x.name: x for x in self.living.data}, self.features.grid, self.features.preprocess.size
+    mark = next(x for x in self.living.data if x.name == 'patch')
     with self.living.batch_update():
-        t['patch'].x, t['patch'].y = [(column + .5) * p[1] / w - .5], [(row + .5) * p[0] / h - .5]
+        mark.x, mark.y = patch_centre(self.features.preprocess.size, self.features.grid, row, column)
     crops = [(crop_patch(self.features, self.image, row, column), f'here: {self.maps[self.image][row, column]:.4g}')]
     crops += [(crop_patch(train, r.image, r.row, r.column), f'{r.distance:.2f}') for r in near.itertuples()]
     self.near.children = [W.VBox([W.HTML(f"<span class='adflow-near'>{text}</span>"), W.HTML(

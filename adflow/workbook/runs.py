@@ -12,11 +12,12 @@ import psutil
 
 from .. import __version__
 from ..evaluate.metrics import EVALUATOR, METRICS
-from .params import Params, checkout, params_hash, read_notebook, read_yaml
+from .params import Params, ParamsError, checkout, params_hash, read_notebook, read_yaml
 
 # %% auto #0
 __all__ = ['RunError', 'RunBusy', 'now', 'write_file', 'read_json', 'update_manifest', 'environment', 'Light', 'Run',
-           'differences', 'code_hash', 'check_code', 'RunFolder', 'last_stage', 'run_state', 'list_runs']
+           'differences', 'parameters_of', 'code_hash', 'check_code', 'RunFolder', 'last_stage', 'run_state',
+           'list_runs']
 
 # %% ../../nbs/workbook/91_runs.ipynb #c3e7df97
 class RunError(ValueError):
@@ -205,11 +206,19 @@ def differences(
             or a[k] != b[k]]
 
 # %% ../../nbs/workbook/91_runs.ipynb #72d8d329
+def parameters_of(
+    folder,         # of a run, finished or not
+) -> dict:          # nested as in its YAML, without experiment and name
+    "The parameters of a run; raises `OSError` or `ParamsError` where they cannot be read."
+    file = Path(folder)/'params.yaml'
+    stored = read_yaml(file.read_text(encoding='utf-8'), str(file))
+    if not isinstance(stored, dict): raise ParamsError(f'{file}: expected `name: value` lines.')
+    return {k: v for k, v in stored.items() if k not in ('experiment', 'name')}
+
 def _same(folder: Path, params: Params, what: str) -> bool:
     "True if the folder holds a run with these parameters; else an error that names the differences."
-    stored = read_yaml((folder/'params.yaml').read_text(encoding='utf-8'), str(folder/'params.yaml'))
-    values = {k: v for k, v in stored.items() if k not in ('experiment', 'name')}
-    if params_hash(stored.get('experiment'), values) == params.hash: return True
+    values = parameters_of(folder)
+    if params_hash(params.experiment, values) == params.hash: return True
     raise RunError('\n  '.join([f'{folder} holds {what} run with other parameters:',
                                 *differences(values, params.values)]) +
                    '\nKeep both with `--name other`, or start over with `--force`.')

@@ -95,7 +95,7 @@ def import_all() -> list[str]:
     return names
 
 def _parts(args) -> int:
-    from adflow.parts import REGISTRIES, PartError, describe, nearest
+    from adflow.registry import REGISTRIES, PartError, describe, nearest
     import_all()
     for k in args.kind:
         if k not in REGISTRIES: raise PartError(f"There is no registry '{k}'.{nearest(k, REGISTRIES)}")
@@ -115,7 +115,7 @@ def _parts(args) -> int:
 
 # %% ../nbs/99_cli.ipynb #eb0c9346
 def _predictor(args, device='auto'):
-    from adflow.parts import PartError
+    from adflow.registry import PartError
     from adflow.predict.score import load
     rate = args.false_alarms
     try: rate = None if rate == 'none' else float(rate)

@@ -12,6 +12,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    slow = {item.path for item in items if 'slow' in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)       # the long files first: two workers end together
     if os.environ.get('ADFLOW_SLOW') or 'slow' in (config.getoption('-m') or ''): return
     for item in items:
         if 'slow' in item.keywords: item.add_marker(pytest.mark.skip(reason='slow; adflow test --slow runs it'))

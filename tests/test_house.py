@@ -11,7 +11,7 @@ import pytest
 from adflow.workbook.params import ParamsError, load, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP = {'00_parts': 'parts', '99_cli': 'cli'}    # notebooks outside a room
+TOP = {'00_registry': 'registry', '005_parts': 'parts', '99_cli': 'cli'}    # notebooks outside a room
 LOOSE = {'experiments', 'explore', 'bench'}     # folders whose notebooks export nothing
 
 
@@ -184,7 +184,7 @@ def module(root, where, text=''):
 @pytest.fixture
 def house(tmp_path):
     "A small tree that keeps every rule."
-    plant(tmp_path, '00_parts.ipynb', '#| default_exp parts')
+    plant(tmp_path, '005_parts.ipynb', '#| default_exp parts')
     plant(tmp_path, 'data/01_readers.ipynb', '#| default_exp data.readers', '#| export\nfrom adflow.parts import x')
     plant(tmp_path, 'flow/40_lora.ipynb', '#| default_exp flow.lora', 'from adflow.data.readers import y')
     plant(tmp_path, 'experiments/study.ipynb', "a: int = 1        # a number\nrun_dir: str = '' # set",

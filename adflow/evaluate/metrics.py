@@ -11,18 +11,13 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from .names import EVALUATOR, IMAGE_METRICS, METRICS, PIXEL_METRICS  # noqa: F401
 from .scoring import as_scores, as_tensor, image_scores, pixel_maps
 
 # %% auto #0
-__all__ = ['EVALUATOR', 'IMAGE_METRICS', 'PIXEL_METRICS', 'METRICS', 'image_metrics', 'pixel_metrics', 'evaluate_class',
-           'threshold_from_normals']
+__all__ = ['image_metrics', 'pixel_metrics', 'evaluate_class', 'threshold_from_normals']
 
 # %% ../../nbs/evaluate/71_metrics.ipynb #472d0ebd
-EVALUATOR = '1'  # version of what turns score maps into numbers, for manifests: grows when a number could change
-IMAGE_METRICS = ('image_auroc', 'image_ap', 'image_f1max')
-PIXEL_METRICS = ('pixel_auroc', 'pixel_ap', 'pixel_f1max', 'pixel_aupro')
-METRICS = IMAGE_METRICS + PIXEL_METRICS
-
 def _sorted_negatives(scores: Tensor, positive: Tensor) -> Tensor:
     "The scores of the negatives, ascending. On a CPU numpy sorts them in place; torch would index each by an int64."
     if scores.device.type != 'cpu': return scores[~positive].sort().values

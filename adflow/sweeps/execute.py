@@ -12,8 +12,8 @@ import pandas as pd
 import psutil
 from fastcore.basics import patch
 
-from ..evaluate.metrics import METRICS
-from ..parts import Registry
+from ..evaluate.names import METRICS
+from ..registry import Registry
 from .plan import Planned, Sweep, SweepError, plan_table
 from ..workbook.runs import RunBusy, last_stage, read_json, write_file
 

@@ -15,9 +15,8 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .. import __version__
-from ..data.datasets import open_dataset
-from ..evaluate.metrics import EVALUATOR
-from ..parts import nearest
+from ..evaluate.names import EVALUATOR
+from ..registry import nearest
 from ..workbook.params import Params, ParamsError, find_params, load, read_notebook, read_yaml
 from ..workbook.runs import RunFolder, differences, parameters_of, read_json, run_state
 
@@ -161,6 +160,7 @@ def code_version(
 
 @lru_cache(maxsize=None)
 def _data_of(told: str) -> str:
+    from adflow.data.datasets import open_dataset       # the only thing here that needs torch
     dataset, root, classes, on_bad = json.loads(told)
     return open_dataset(dataset, root or None, classes or None, on_bad, validation=0.).fingerprint
 

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
 
-from ..evaluate.metrics import METRICS
+from ..evaluate.names import METRICS
 from ..parts import PartError, nearest
 from .living import LivingFigure
 from .scores import demo_run

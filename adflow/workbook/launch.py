@@ -4,277 +4,20 @@
 
 # %% ../../nbs/workbook/92_launch.ipynb #36d7f5b6
 from __future__ import annotations
-import ctypes, html, json, math, os, re, resource, shutil, signal, subprocess, sys, tempfile, time
+import json, os, shutil, signal, subprocess, sys
 from pathlib import Path
 
-import nbformat
 import pandas as pd
-import psutil
 
 import adflow
-from ..evaluate.metrics import METRICS
+from ..evaluate.names import METRICS
+from .child import die_with
 from .params import Params, load
 from .runs import (RunFolder, check_code, code_hash, environment, last_stage, now, read_json,
                                   update_manifest, write_file)
 
 # %% auto #0
-__all__ = ['bar_of', 'without_progress', 'gpu_memory', 'report', 'failure', 'run', 'show']
-
-# %% ../../nbs/workbook/92_launch.ipynb #b5d9f833
-_BAR = re.compile(r'^[^\r\n]*?\[[^\]\r\n]*\d\d:\d\d[^\]\r\n]*\]')  # "train:  50%|██  | 1/2 [00:01<00:01, 1.0it/s]"
-
-_COUNT = re.compile(r'^\s*(.*?):?\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[[\d:]+<([\d:?]+)[^\]]*?(?:loss=([-+\w.]+))?\]')
-
-def bar_of(
-    text: str,    # what came through stderr
-) -> dict:        # doing, done, of, left ('MM:SS', as tqdm guesses), loss; {} without a bar
-    "What the last progress bar says."
-    for piece in reversed(re.split(r'[\r\n]', re.sub(r'\x1b\[[0-9;]*[AKJ]', '', text))):
-        if m := _COUNT.match(piece):
-            told = dict(doing=m[1], done=int(m[2]), of=int(m[3]), left=m[4])
-            return told | ({'loss': float(m[5])} if m[5] else {})
-    return {}
-
-def without_progress(
-    text: str,    # what came through stderr
-) -> str:         # what is worth keeping in the notebook
-    "Removes progress bars and the escapes around them; keeps every line with other words."
-    kept = []
-    for line in re.sub(r'\x1b\[[0-9;]*[AKJ]', '', text).split('\n'):
-        first, *bars = line.rstrip('\r').split('\r')
-        rest = [first] + [_BAR.sub('', b) for b in bars if _BAR.match(b)]  # a piece without a bar erases one
-        line = ''.join(rest).rstrip()
-        if line.strip(): kept.append(line)
-    return '\n'.join(kept) + '\n' if kept else ''
-
-# %% ../../nbs/workbook/92_launch.ipynb #08cb12f7
-def _kernel_manager(lock_fd: int | None):
-    "A class of kernel managers that start this very Python, and hand it the lock."
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    class Kernel(AsyncKernelManager):
-        @property
-        def kernel_spec(self):
-            return KernelSpec(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}',
-                                    '--HistoryManager.enabled=False'],
-                              display_name='Python 3', language='python')
-        async def _async_start_kernel(self, **kw):
-            self.transport = 'ipc'
-            self.connection_file = os.path.join(tempfile.mkdtemp(prefix='adflow-'),
-                                                'k.json')  # a socket's path must be short
-            if lock_fd is not None: kw['pass_fds'] = (lock_fd,)
-            await super()._async_start_kernel(**kw)
-            _child_kernel.append(self)
-        start_kernel = _async_start_kernel
-        def cleanup_connection_file(self):
-            super().cleanup_connection_file()
-            shutil.rmtree(os.path.dirname(self.connection_file), ignore_errors=True)
-    return Kernel
-
-_child_kernel: list = []  # the kernel manager of this process, for its signal handler
-
-# %% ../../nbs/workbook/92_launch.ipynb #0abe1116
-def gpu_memory(pid: int) -> float | None:
-    "GiB that a process has on its GPUs, as nvidia-smi tells; None without one."
-    if not shutil.which('nvidia-smi'): return None
-    ask = ['nvidia-smi', '--query-compute-apps=pid,used_gpu_memory', '--format=csv,noheader,nounits']
-    try: rows = subprocess.run(ask, capture_output=True, text=True, timeout=5).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError): return None
-    rows = [r.replace(' ', '').split(',') for r in rows]
-    used = [int(r[1]) for r in rows if r[0] == str(pid) and r[1].isdigit()]
-    return round(sum(used) / 2**10, 2) if used else None
-
-class _Progress:
-    "Keeps `.progress.json` in the folder of a run: which cell, which bar, how much memory. For those who watch."
-    def __init__(self, folder, cells: int):
-        self.file, self.began, self.at = Path(folder)/'.progress.json', time.monotonic(), -math.inf
-        self.asked = -math.inf
-        self.told = dict(cell=0, cells=cells, section='')
-    def tell(self, **more):
-        self.told |= more
-        if (t := time.monotonic()) - self.at < 2: return
-        self.at, pid = t, getattr(getattr(_child_kernel[-1], 'provisioner', None), 'pid', 0) if _child_kernel else 0
-        try: memory = dict(memory_gib=round(psutil.Process(pid).memory_info().rss / 2**30, 2)) if pid else {}
-        except psutil.Error: memory = {}
-        if pid and t - self.asked > 15: self.asked, self.told['gpu_gib'] = t, gpu_memory(pid)
-        text = json.dumps(self.told | memory | {'minutes': round((t - self.began) / 60, 2), 'kernel': pid})
-        try:                                        # a watcher's convenience never stops a run
-            (temporary := self.file.with_suffix('.tmp')).write_text(text)
-            os.replace(temporary, self.file)
-        except OSError: pass
-
-# %% ../../nbs/workbook/92_launch.ipynb #ed8b97e1
-def _engine(lock_fd: int | None, folder: Path):
-    "A papermill engine that passes progress on and keeps it out of the notebook."
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import NBClientEngine
-
-    class Client(PapermillNotebookClient):
-        def process_message(self, msg, cell, cell_index):
-            content = msg['content']
-            if msg['msg_type'] == 'stream' and content['name'] == 'stderr':
-                sys.stderr.write(content['text'])
-                sys.stderr.flush()
-                if bar := bar_of(content['text']): self.progress.tell(**bar)
-                content['text'] = without_progress(content['text'])
-                if not content['text']: return None
-            if 'application/vnd.jupyter.widget-view+json' in content.get('data', {}):
-                return None  # its state is not kept
-            return super().process_message(msg, cell, cell_index)
-        def set_widgets_metadata(self): pass
-
-    class Engine(NBClientEngine):
-        @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
-            start, progress = nb_man.cell_start, _Progress(folder, len(nb_man.nb.cells))
-            def cell_start(cell, cell_index=None, **more):
-                progress.tell(cell=cell_index or 0)
-                if cell.cell_type == 'markdown':
-                    for line in re.findall(r'^##?#? (.+)$', cell.source, re.M):
-                        print(f'── {line}', file=sys.stderr, flush=True)
-                        progress.told |= dict(section=line, doing='')
-                return start(cell, cell_index, **more)
-            nb_man.cell_start = cell_start
-            client = Client(nb_man, kernel_manager_class=_kernel_manager(lock_fd), kernel_name=kernel_name,
-                            timeout=None, startup_timeout=kw.get('start_timeout', 120))
-            client.progress = progress
-            return client.execute()
-    return Engine
-
-# %% ../../nbs/workbook/92_launch.ipynb #ff5b4f7c
-_PAGE = '''
-<style>.jp-CodeCell .jp-Cell-inputWrapper{display:none} body.code .jp-CodeCell .jp-Cell-inputWrapper{display:flex}
-.jp-OutputPrompt,.jp-InputPrompt{display:none!important}
-body.jp-Notebook{max-width:1080px;margin:auto;padding:24px 16px 80px}
-#facts{font:13px/1.5 system-ui,sans-serif;color:#555;
-border-bottom:1px solid #ddd;padding-bottom:12px;margin-bottom:12px}
-#facts h1{font-size:15px;margin:0 0 2px;color:#222}
-#facts pre{white-space:pre-wrap;background:#f6f6f6;padding:8px;border-radius:4px}
-#facts button{float:right;font:inherit;padding:4px 10px;cursor:pointer}
-.jp-OutputArea-output img{max-width:100%;height:auto}
-math{font-size:1.1em}</style>'''
-
-def _facts(folder: Path) -> str:
-    "The header of a report: which run, of what, when, with which parameters."
-    m = read_json(folder/'manifest.json')
-    git, hardware = m.get('git') or {}, m.get('hardware') or {}
-    words = [f"adflow {m['adflow']}" if m else '',
-             f"commit {git['commit'][:8]}{' (changed)' if git.get('dirty') else ''}" if git else '',
-             m.get('started', ''), hardware.get('cpu', ''), *hardware.get('gpus', [])]
-    params = (folder/'params.yaml').read_text(encoding='utf-8') if (folder/'params.yaml').is_file() else ''
-    title = f"{m['experiment']} / {m['name']}" if m else folder.name
-    return (f'''<div id="facts"><button onclick="document.body.classList.toggle('code')">Show code</button>'''
-            f"<h1>{html.escape(title)}</h1>{html.escape(' · '.join(w for w in words if w))}"
-            f'<details><summary>parameters</summary><pre>{html.escape(params)}</pre></details></div>')
-
-def _mathml(text: str) -> str:
-    "Markdown with its formulas as MathML; code is left alone."
-    from latex2mathml.converter import convert
-    def formula(m):
-        if m[1]: return m[1]
-        try: return convert((m[2] or m[3]).strip(), display='block' if m[2] else 'inline')
-        except Exception: return m[0]  # a formula the converter does not know stays as it was written
-    return re.sub(r'(```.*?```|`[^`]*`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])', formula, text,
-                  flags=re.S)
-
-def report(
-    notebook,       # an executed notebook
-    to,             # the HTML file
-):
-    "Writes a self-contained HTML report of a run's notebook."
-    from nbconvert import HTMLExporter
-    from plotly.offline import get_plotlyjs
-    nb, figures = nbformat.read(notebook, 4), 0
-    for cell in nb.cells:
-        if cell.cell_type == 'markdown': cell.source = _mathml(cell.source)
-        for out in cell.get('outputs', []):
-            if (fig := out.get('data', {}).get('application/vnd.plotly.v1+json')) is None: continue
-            figures += 1
-            data = json.dumps({**fig,
-                               'config': {'displaylogo': False, 'responsive': True,
-                                          **fig.get('config', {})}}).replace('</', '<\\/')
-            height = fig.get('layout', {}).get('height', 450)
-            out.data = nbformat.from_dict({'text/html': f'<div id="figure{figures}" '
-                                           f'style="height:{height}px"></div><script>'
-                                           f'Plotly.newPlot("figure{figures}", {data})</script>'})
-    exporter = HTMLExporter(template_name='lab', mathjax_url='', require_js_url='', jquery_url='', mermaid_js_url='')
-    page, _ = exporter.from_notebook_node(nb)
-    page = re.sub(r'<script[^>]*\bsrc="(?:https?:|"|//)[^>]*>?\s*</script>', '', page)
-    page = re.sub(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', '', page, flags=re.S)
-    page = re.sub(r'<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->', '', page, flags=re.S)
-    head = _PAGE + (f'<script>{get_plotlyjs()}</script>' if figures else '')
-    at = page.index('</head>')
-    page = page[:at] + head + page[at:]
-    body = re.search(r'<body[^>]*>', page).end()
-    write_file(to, page[:body] + _facts(Path(notebook).parent) + page[body:])
-
-# %% ../../nbs/workbook/92_launch.ipynb #6747b154
-def _die_with(parent: int):
-    "Asks Linux for a SIGTERM when the launcher is gone; elsewhere nothing happens."
-    try: ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    except (OSError, AttributeError): return
-    if os.getppid() != parent: os._exit(143)
-
-def _stop(*_):
-    "On SIGTERM: the kernel and all it started go at once (checkpoints are atomic), then we."
-    for manager in _child_kernel:
-        pid = getattr(getattr(manager, 'provisioner', None), 'pid', None)
-        if pid:
-            try: os.killpg(os.getpgid(pid), signal.SIGKILL)
-            except OSError: pass
-        manager.cleanup_connection_file()
-    os._exit(143)
-
-def _plain(lines) -> str: return re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(lines))
-
-def failure(
-    error,           # papermill's PapermillExecutionError
-    last: int = 30,  # lines of the traceback
-) -> str:
-    "Which cell failed, and the end of its traceback, in plain text."
-    trace = _plain(error.traceback).rstrip().split('\n')
-    cut = [f'… {len(trace) - last} lines more in the notebook'] if len(trace) > last else []
-    return '\n'.join([f'cell {error.cell_index + 1} (In [{error.exec_count}]) failed: {error.ename}: '
-                      f'{_plain([error.evalue])[:300]}', '',
-                      *cut, *(f'    {line}' for line in trace[-last:])])
-
-def _child(partial: Path, notebook: Path, parent: int, lock_fd: int) -> int:
-    "Executes the notebook into the partial folder; 0 if all cells ran."
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with(parent)
-    from nbclient.exceptions import DeadKernelError
-    from papermill.engines import papermill_engines
-    from papermill.exceptions import PapermillExecutionError
-    from papermill.execute import execute_notebook
-    papermill_engines.register('adflow', _engine(lock_fd, partial))
-    began, injected, ended = time.monotonic(), read_json(partial/'.inject.json'), 'failed'
-    def end(state, **more):
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # KiB on Linux; of the kernel
-        update_manifest(partial, state=state, ended=now(), minutes=round((time.monotonic() - began) / 60, 2),
-                        peak_memory_gib=round(peak, 2), **more)
-    kept, name = partial/'notebook.ipynb', f'{partial.parent.name}/{partial.name}'
-    try:
-        execute_notebook(str(notebook), str(kept), parameters=injected, engine_name='adflow', kernel_name='python3',
-                         language='python',
-                         progress_bar=False, start_timeout=120)
-    except PapermillExecutionError as e: told = failure(e)
-    except DeadKernelError:
-        told = ('the kernel died without a word. Out of memory is the usual reason: look at `dmesg`, use a smaller '
-                'batch, '
-                                    'or give it more memory.')
-        ended = 'killed'
-    else:
-        try: report(kept, partial/'report.html')
-        except Exception as e: told = f'the notebook ran, but its report could not be made: {type(e).__name__}: {e}'
-        else:
-            for name in ('.inject.json', '.progress.json'): (partial/name).unlink(missing_ok=True)
-            end('done', error=None)
-            return 0
-    end(ended, error=told.split('\n')[0])
-    print(f'\nadflow: {name}: {told}\n\nKept: {kept}\nThe same command resumes from the last checkpoint; --force '
-          'starts over.', file=sys.stderr)
-    return {'failed': 1, 'killed': 137}[ended]
+__all__ = ['run', 'show']
 
 # %% ../../nbs/workbook/92_launch.ipynb #9eb7c2c8
 def _environment() -> dict:
@@ -292,8 +35,8 @@ def _environment() -> dict:
 
 def _spawn(folder: RunFolder, params: Params) -> int:
     "Runs the child, passes signals on, and waits."
-    command = [sys.executable, '-m', 'adflow.workbook.launch', '--child', str(folder.partial), str(params.notebook),
-               str(os.getpid()), str(folder.lock_fd)]
+    command = [sys.executable, '-m', 'adflow.workbook.child', '--child', str(folder.partial),
+               str(params.notebook), str(os.getpid()), str(folder.lock_fd)]
     child = subprocess.Popen(command, env=_environment(), stdin=subprocess.DEVNULL, pass_fds=(folder.lock_fd,),
                              start_new_session=True)
     def stop(number, _): raise KeyboardInterrupt(number)
@@ -318,7 +61,7 @@ def run(
     name: str | None = None,      # another name for the run
 ) -> int:                         # exit code: 0 when the run is done
     "Executes a run, or resumes it, or says that it is done; prints where everything is, and the table."
-    if parent := os.environ.pop('ADFLOW_PARENT', None): _die_with(int(parent))      # a sweep that is gone
+    if parent := os.environ.pop('ADFLOW_PARENT', None): die_with(int(parent))      # a sweep that is gone
     params = load(params_file, sets, name)
     code = code_hash(params.notebook)
     with RunFolder(outputs, params) as folder:
@@ -381,7 +124,3 @@ def show(
         table.add_section()
         table.add_row('mean', *[''] * (len(names) - 1), *(f'{rows[k].mean():.4f}' for k in numbers), style='bold')
     console.print(table)
-
-# %% ../../nbs/workbook/92_launch.ipynb #9baa7420
-if __name__ == '__main__' and sys.argv[1:2] == ['--child']:
-    sys.exit(_child(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])))

@@ -12,7 +12,7 @@ from typing import Any, Literal, Optional, Union, get_args, get_origin
 import yaml
 from pydantic import ConfigDict, ValidationError, create_model
 
-from ..parts import REGISTRIES, PartError, check_conflicts, nearest
+from ..registry import REGISTRIES, PartError, check_conflicts, nearest
 
 # %% auto #0
 __all__ = ['RESERVED', 'ParamsError', 'read_yaml', 'Parameter', 'read_notebook', 'parameters', 'schema', 'import_parts',

@@ -4,69 +4,28 @@
 
 # %% ../../nbs/workbook/91_runs.ipynb #093b7e53
 from __future__ import annotations
-import datetime, fcntl, hashlib, importlib.metadata, io, json, os, platform, shutil, socket, subprocess, tempfile, time
+import fcntl, hashlib, importlib.metadata, io, json, os, platform, shutil, socket, subprocess, tempfile, time
 from pathlib import Path
 
 import pandas as pd
 import psutil
 
 from .. import __version__
-from ..evaluate.metrics import EVALUATOR, METRICS
+from ..evaluate.names import EVALUATOR, METRICS
+from .files import now, read_json, update_manifest, write_file  # noqa: F401  also of a run
 from .params import Params, ParamsError, checkout, params_hash, read_notebook, read_yaml
 
 # %% auto #0
-__all__ = ['RunError', 'RunBusy', 'now', 'write_file', 'read_json', 'update_manifest', 'environment', 'Light', 'Run',
-           'differences', 'parameters_of', 'code_hash', 'check_code', 'RunFolder', 'last_stage', 'run_state',
-           'list_runs']
+__all__ = ['RunError', 'RunBusy', 'environment', 'Light', 'Run', 'differences', 'parameters_of', 'code_hash', 'check_code',
+           'RunFolder', 'last_stage', 'run_state', 'list_runs']
 
-# %% ../../nbs/workbook/91_runs.ipynb #c3e7df97
+# %% ../../nbs/workbook/91_runs.ipynb #a15600a3
 class RunError(ValueError):
     "A run folder is in the way, in use, or not what it should be; says what to do."
 
 class RunBusy(RunError):
     "Another process works on the run."
     exit_code = 75        # EX_TEMPFAIL: later it may do
-
-def now() -> str:
-    "UTC, ISO 8601, to the second."
-    return datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
-
-def write_file(
-    path,                  # of the file
-    content: str | bytes,  # all of it
-):
-    "Writes the whole file or leaves the former one untouched."
-    path = Path(path)
-    temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temp, 'wb') as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-    except OSError as e:
-        temp.unlink(missing_ok=True)
-        raise OSError(e.errno, f'{e.strerror or e} (writing {path.name}; what was there before is untouched)',
-                      str(path)) from None
-
-def read_json(path) -> dict:
-    "A JSON file; {} if there is none or it is not readable."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
-
-def _merged(old: dict, new: dict) -> dict:
-    return {**old,
-            **{k: _merged(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k,
-               v in new.items()}}
-
-def update_manifest(
-    folder,     # a run folder
-    **more,     # what to add; dicts are merged
-) -> dict:      # the manifest as it is now
-    "Merges into `manifest.json`."
-    manifest = _merged(read_json(Path(folder)/'manifest.json'), more)
-    write_file(Path(folder)/'manifest.json', json.dumps(manifest, indent=1, default=str, ensure_ascii=False))
-    return manifest
 
 # %% ../../nbs/workbook/91_runs.ipynb #f98008e0
 _VERSIONS = ('torch', 'torchvision', 'timm', 'FrEIA', 'numpy', 'pandas', 'scikit-learn', 'scikit-image', 'scipy',
@@ -86,22 +45,26 @@ def _cpu() -> str:
     except OSError: return platform.processor() or platform.machine()
     return next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.machine())
 
+def _gpus() -> list[str]:
+    "Names of the GPUs that this process may use. torch knows them, but takes seconds to import."
+    if not shutil.which('nvidia-smi'): return []
+    import torch
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
 def environment() -> dict:
     "Versions, git commit and hardware, as they go into the manifest."
-    import torch
     versions = {}
     for name in _VERSIONS:
         try: versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: pass
-    gpus = [torch.cuda.get_device_name(i)
-            for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     commit, status = _git('rev-parse', 'HEAD'), _git('status', '--porcelain')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return dict(
         adflow=__version__, git=dict(commit=commit,
                                      dirty=bool(status)) if commit else None, python=platform.python_version(),
         versions=versions, hardware=dict(host=socket.gethostname(), system=platform.platform(), cpu=_cpu(), cores=cores,
-        threads=torch.get_num_threads(), memory_gib=round(psutil.virtual_memory().total / 2**30, 1), gpus=gpus))
+        threads=int(os.environ.get('OMP_NUM_THREADS', cores)), gpus=_gpus(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1)))
 
 # %% ../../nbs/workbook/91_runs.ipynb #2c15869b
 class Light:

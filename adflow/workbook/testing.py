@@ -116,7 +116,7 @@ def run_tests(
     if tests:
         import pytest
         os.environ.update(OMP_NUM_THREADS='1', TQDM_DISABLE='1', **({'ADFLOW_SLOW': '1'} if slow else {}))
-        two = ['-n', '2', '--dist', 'worksteal'] if importlib.util.find_spec('xdist') else []
+        two = '-n 2 --dist loadfile --no-loadscope-reorder'.split() if importlib.util.find_spec('xdist') else []
         code = pytest.main(['-q', '--durations=15', '--rootdir', str(root), *two, *tests], plugins=[count])
         if code not in (0, 1, 5) and not count.failed: count.failed += 1
     if failed: print('failed notebooks: ' + ', '.join(str(p.relative_to(root)) for p in failed))

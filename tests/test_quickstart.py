@@ -110,7 +110,8 @@ def test_a_finished_run_is_not_run_again(small):
 
 def test_finetuning_really_forgets(tmp_path):
     "The measure can show forgetting: without protection it is there."
-    run = adflow_run(tmp_path, 'classes=[film, retina]', 'image_size=96', 'couplings=2', 'strategy=finetune', 'epochs=5', 'lr=0.01')
+    run = adflow_run(tmp_path, 'classes=[film, retina]', 'image_size=96', 'couplings=2', 'strategy=finetune',
+                     'epochs=5', 'lr=0.01')
     table = forgetting_table(pd.read_parquet(run / 'metrics.parquet'))
     assert table.loc['pixel_ap', 'forgetting_initial'] > .02, table
 

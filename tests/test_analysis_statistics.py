@@ -1,10 +1,12 @@
 """Calibration, separation, spatial, replication and report on cases with a known answer."""
 import json
+import shutil
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy import stats
 
 from adflow.analysis.calibration import (conformal_ks, conformal_p, gaussianity, normality, qq, radial,
@@ -293,11 +295,24 @@ def test_the_published_file_has_sources():
     assert len(t) >= 10 and t['source'].str.len().min() > 5 and set(t['kind']) <= {'paper', 'collected'}
     assert t[['image_auroc', 'pixel_ap']].max(axis=None) <= 100
 
+def test_a_chrome_draws_what_is_asked_for(tmp_path):
+    import importlib.util
+    import plotly.graph_objects as go
+    browser = next(filter(shutil.which, ('chromium', 'google-chrome', 'chrome')), None)
+    if not (importlib.util.find_spec('kaleido') and browser): pytest.skip('no kaleido or no Chrome')
+    for suffix, magic in (('svg', b'<svg'), ('pdf', b'%PDF'), ('png', b'\x89PNG')):
+        assert save_figure(go.Figure(go.Bar(y=[1, 2])), tmp_path/f'a.{suffix}').read_bytes().startswith(magic)
+
 def test_a_missing_chrome_is_told(tmp_path, monkeypatch):
     import plotly.graph_objects as go
     def none(*a, **k): raise RuntimeError('Kaleido requires Google Chrome to be installed.')
     monkeypatch.setattr(go.Figure, 'write_image', none)
-    with pytest.raises(ReportError, match='pip install "kaleido>=1"'): save_figure(go.Figure(), tmp_path/'a.svg')
+    figure = go.Figure(go.Bar(x=['a', 'b'], y=[1, 2]))
+    with pytest.warns(UserWarning, match=r'pip install "adflow\[figures\]".*a.png was drawn by matplotlib'):
+        assert save_figure(figure, tmp_path/'a.svg') == tmp_path/'a.png'
+    assert Image.open(tmp_path/'a.png').size == (1280, 840)
+    with pytest.raises(ReportError, match=r'pip install "adflow\[figures\]".*draws no parcoords'):
+        save_figure(go.Figure(go.Parcoords()), tmp_path/'b.pdf')
     def broken(*a, **k): raise ValueError('of another kind')
     monkeypatch.setattr(go.Figure, 'write_image', broken)
     with pytest.raises(ValueError, match='another kind'): save_figure(go.Figure(), tmp_path/'a.pdf')

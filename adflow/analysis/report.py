@@ -5,6 +5,7 @@
 # %% ../../nbs/analysis/89_report.ipynb #585fd51f
 from __future__ import annotations
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pandas as pd
 import yaml
 
 import adflow
-from ..parts import nearest
+from .pictures import by_matplotlib
+from ..registry import nearest
 
 # %% auto #0
 __all__ = ['LOWER', 'ReportError', 'check_run', 'run_result', 'find_runs', 'published', 'Table', 'tabulate', 'markdown', 'latex',
@@ -202,11 +204,11 @@ def latex(
 # %% ../../nbs/analysis/89_report.ipynb #d5dc9fa4
 def save_figure(
     figure,                    # a plotly figure
-    path,                      # ends with .svg, .pdf, .png (kaleido and a Chrome), .html or .json
+    path,                      # ends with .svg, .pdf or .png (kaleido and a Chrome), .html or .json
     width: int = 640,
     height: int = 420,
-) -> Path:
-    "Writes a figure for a paper; the error of a missing Chrome or kaleido says what to install."
+) -> Path:                      # what was written
+    "Writes a figure for a paper. Without a Chrome or kaleido matplotlib draws a .png, and a warning says what to do."
     path = Path(path)
     if path.suffix == '.json': path.write_text(figure.to_json(), encoding='utf-8')
     elif path.suffix == '.html': figure.write_html(path, include_plotlyjs='cdn')
@@ -214,8 +216,11 @@ def save_figure(
         try: figure.write_image(path, width=width, height=height)
         except Exception as e:
             if not any(w in f'{type(e).__name__} {e}'.lower() for w in ('kaleido', 'chrome', 'browser')): raise
-            how = 'a Chrome or Chromium from the system or `plotly_get_chrome`; .html and .json need neither.'
-            raise ReportError(f'{path.name}: drawing {path.suffix} takes kaleido and a Chrome: '
-                              f'`pip install "kaleido>=1"`, and {how} ({type(e).__name__})') from None
+            how = (f'{path.name}: drawing {path.suffix} takes kaleido and a Chrome: `pip install "adflow[figures]"`, '
+                   'and a Chrome or Chromium from the system or `plotly_get_chrome`; .html and .json need neither '
+                   f'({type(e).__name__}).')
+            try: path = by_matplotlib(figure, path.with_suffix('.png'), width, height)
+            except (ImportError, ValueError) as other: raise ReportError(f'{how} Nor matplotlib: {other}') from None
+            warnings.warn(f'{how} {path.name} was drawn by matplotlib instead.', stacklevel=2)
     else: raise ReportError(f"{path.name}: '{path.suffix}' is not .svg, .pdf, .png, .html or .json.")
     return path

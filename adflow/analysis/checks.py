@@ -19,11 +19,11 @@ from ..evaluate.protocol import auroc, interval, tpr_at_fpr
 from ..parts import Registry, nearest
 
 # %% auto #0
-__all__ = ['CHECKS', 'METRIC', 'run_table', 'select', 'contrast', 'largest', 'thresholds', 'correlation', 'forgetting', 'order',
+__all__ = ['CHECKS', 'METRIC', 'table_in', 'select', 'contrast', 'largest', 'thresholds', 'correlation', 'forgetting', 'order',
            'ranking', 'alarms', 'separates']
 
 # %% ../../nbs/analysis/892_checks.ipynb #b20032d8
-def run_table(
+def table_in(
     folder,                    # of a run
     file: str = 'metrics.parquet',  # or 'checkpoint/tables/latents-{arm}-{seed}.parquet': all, `arm` and `seed` columns
 ) -> pd.DataFrame:
@@ -71,7 +71,7 @@ def contrast(folder,
     pool: dict | None = None,  # {column: arm}, such as {idea: base}: the spread is that of all arms against this one
 ):
     "Means of rows, added and subtracted seed by seed; Student's interval, by the larger of own and pooled spread."
-    rows = run_table(folder, table)
+    rows = table_in(folder, table)
     if value not in rows:
         try: rows = rows.assign(**{value: rows.eval(value)})
         except Exception as e: raise ReportError(f"'{value}' cannot be computed from {list(rows)}: {e}") from None
@@ -96,7 +96,7 @@ def largest(folder,
     where: dict | None = None, # rows that count; None: all
 ):
     "The largest gain of several arms over one; the interval (Šidák over the arms) of that arm."
-    rows = select(run_table(folder, table), where or {}).pivot_table(index='seed', columns=by, values=value)
+    rows = select(table_in(folder, table), where or {}).pivot_table(index='seed', columns=by, values=value)
     if odd := [a for a in [than, *among] if a not in rows]:
         raise ReportError(f"no {by} '{odd[0]}'.{nearest(odd[0], rows)}")
     gains = rows[among].sub(rows[than], axis=0)
@@ -114,7 +114,7 @@ def thresholds(folder,
 ):
     "What a threshold of one kind does more than one of another, mean over classes, seed by seed; Student's interval."
     rows = {s: score_calibration(t, .1, 19).groupby('calibration')[of].mean()
-            for s, t in select(run_table(folder, table), where or {}).groupby('seed')}
+            for s, t in select(table_in(folder, table), where or {}).groupby('seed')}
     return _found(pd.Series({s: t[plus] - t[minus] for s, t in rows.items()}))
 
 @CHECKS.register('correlation')
@@ -126,7 +126,7 @@ def correlation(folder,
     table: str = 'metrics.parquet',  # of the run
 ):
     "Pearson's r of two columns over points; Fisher's interval. Seeds repeat the same points and add none."
-    rows = run_table(folder, table)
+    rows = table_in(folder, table)
     each = (rows.query(where) if where else rows).groupby(by)[[x, y]].mean()
     if len(each) < 4: raise ReportError(f'{len(each)} points of {by} have no interval.')
     r = stats.pearsonr(each[x], each[y])
@@ -142,7 +142,7 @@ def forgetting(folder,
     joint: str = 'joint',      # the strategy that learned all together
 ):
     "Forgetting, routing or joint gap of a strategy in the order that all strategies share."
-    rows = run_table(folder)
+    rows = table_in(folder)
     shared = rows.groupby('order')['strategy'].nunique().idxmax()
     wanted = {strategy, joint} if of == 'joint_gap' else {strategy}
     lines = summaries(select(rows, {'order': shared, 'strategy': sorted(wanted)}), metric, joint=joint)
@@ -155,7 +155,7 @@ def order(folder,
     metric: str = 'pixel_ap',  # column
 ):
     "Standard deviation of the mean over classes by a source; Williams' interval, n orders."
-    rows = final_rows(select(run_table(folder), {'strategy': strategy}))
+    rows = final_rows(select(table_in(folder), {'strategy': strategy}))
     line = order_components(rows, metric).loc[source]
     return {'estimate': line['deviation'], 'low': line['low'], 'high': line['high'], 'n': rows['order'].nunique()}
 
@@ -182,7 +182,7 @@ def ranking(folder,
     draws: int = 400,          # of the bootstrap
 ):
     "How well a detector ranks faults above normals, or how much better than another; n faults."
-    rows = select(run_table(folder, 'images.parquet'), where or {'split': 'test', 'condition': 'cold'})
+    rows = select(table_in(folder, 'images.parquet'), where or {'split': 'test', 'condition': 'cold'})
     rows = rows[(rows['label'] == 0) | (rows['kind'] == kind)]
     cells = [select(rows, {'change': '', **k}).pivot_table(index='seed', columns='image', values='score')
              for k in (plus, minus) if k]
@@ -200,7 +200,7 @@ def alarms(folder,
     promise: float = .05,      # of the thresholds from held-out normals
 ):
     "Share of normal images above the threshold that the held-out normals of their condition give; Wilson's interval."
-    rows, by = select(run_table(folder, 'images.parquet'), {'change': '', 'label': 0, **where}), ['class', 'condition']
+    rows, by = select(table_in(folder, 'images.parquet'), {'change': '', 'label': 0, **where}), ['class', 'condition']
     held = rows[rows['split'] == 'validation'].groupby([*by, 'seed'])['score']
     limit = held.quantile(1 - promise, interpolation='higher').rename('limit').reset_index()
     new = select(rows, {'kind': kind}).merge(limit)
@@ -216,6 +216,6 @@ def separates(folder,
     table: str = 'metrics.parquet',  # of the run
 ):
     "AUROC of a column; bootstrap over rows."
-    rows = select(run_table(folder, table), where or {})
+    rows = select(table_in(folder, table), where or {})
     found = interval(rows[score].to_numpy(float), rows[label].to_numpy(int), draws=400)
     return dict(zip(('estimate', 'low', 'high'), found)) | {'n': len(rows)}

@@ -62,6 +62,10 @@ def _watch(outputs) -> int:
 def _runs(args) -> int:
     from adflow.workbook.runs import list_runs
     if args.watch: return _watch(args.outputs)
+    if args.track:
+        from adflow.workbook.track import report_runs
+        print(f'{args.track}: {report_runs(args.outputs, args.track)} finished runs of {args.outputs} are there.')
+        return 0
     table = list_runs(args.outputs)
     if args.json: print(table.to_json(orient='records', indent=1)); return 0
     if not len(table):
@@ -313,6 +317,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--outputs', default='outputs', help='folder of all runs (default: ./outputs)')
     c.add_argument('--json', action='store_true')
     c.add_argument('--watch', action='store_true', help='what is running, live; Ctrl-C leaves')
+    c.add_argument('--track', metavar='NAME', help='report every finished run to a tracker: mlflow, tensorboard')
     _add_predict(command)
     c = command('parts', _parts, 'list what a YAML can choose: every registry, its parts, their arguments')
     c.add_argument('kind', nargs='*', help='only these registries')

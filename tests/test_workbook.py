@@ -14,7 +14,7 @@ import pytest
 
 from adflow.flow.losses import build_losses
 from adflow.parts import PartError
-from adflow.workbook.launch import report, without_progress
+from adflow.workbook.child import report, without_progress
 from adflow.workbook.params import ParamsError, load, read_yaml, set_path
 from adflow.workbook.runs import Run, list_runs, read_json, update_manifest, write_file
 

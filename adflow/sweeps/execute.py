@@ -143,12 +143,14 @@ class Outcome:
     left: list = field(default_factory=list)      # not begun, or not to the end
     stopped: str = ''                             # why it stopped before the end
 
-def explain(sweep: Sweep, run: Planned, log: Path) -> tuple[str, Path]:
-    "What to say about a run that did not end well, and where to look."
+def explain(sweep: Sweep, run: Planned, log: Path, code: int = 1) -> tuple[str, Path]:
+    "What to say about a run that ended with an exit code other than 0, and where to look."
     kept, m = sweep.partial(run)/'notebook.ipynb', read_json(sweep.partial(run)/'manifest.json')
-    if kept.is_file() and m.get('error'): return m['error'], kept
-    lines = log.read_text(errors='replace').replace('\r', '\n').strip().split('\n') if log.is_file() else []
-    return next((t for t in reversed(lines) if t.strip()), 'nothing was said'), log
+    if code != 2 and kept.is_file() and m.get('error'): return m['error'], kept       # 2: it refused to begin
+    text = log.read_text(errors='replace').replace('\r', '\n').strip() if log.is_file() else ''
+    if code == 2 and (said := text.rpartition('adflow: ')[2]): return ' '.join(said.split()), log
+    full = f'the disk of {sweep.outputs} is full' if shutil.disk_usage(sweep.outputs).free < 2**20 else ''
+    return next((t for t in reversed(text.split('\n')) if t.strip()), full or 'nothing was said'), log
 
 class Execution:
     "The state of a sweep while it is executed."
@@ -156,11 +158,19 @@ class Execution:
         self.sweep, self.executor, self.say, self.out, self.retry_failed = sweep, executor, say, Outcome(), retry_failed
         self.max_runs, self.retries, self.min_free = max_runs or len(sweep), retries, min_free
         self.started, self.tries, self.later, self.by_name = set(), {}, {}, {r.name: r for r in sweep.runs}
+        self.unwritten = False
         self.waiting = [r for r in sweep.runs if sweep.state(r) not in ('done', *['failed'] * (not retry_failed))]
 
     def log(self, r: Planned) -> Path: return self.sweep.folder/'logs'/f'{r.name}.log'
     def tell(self, what: str, r: Planned, why: str = ''):
         self.say(f"{time.strftime('%H:%M:%S')} {what:8} {r.name}{why and ': '}{why}")
+
+    def keep(self, write, *content):
+        "Writes what readers of the sweep would like to have; where it cannot, that is said once and stops no run."
+        try: write(*content)
+        except OSError as e:
+            if not self.unwritten: self.say(f'warning: {e}: the state of the sweep is not written, its runs go on.')
+            self.unwritten = True
 
     def ready(self, r: Planned) -> bool:
         "Whether a waiting run may start now; forgets one that another process has done meanwhile."
@@ -181,11 +191,15 @@ def begin(self: Execution, r: Planned):
         self.out.stopped = (f'only {free:.2f} GiB are free on the disk of {sweep.outputs} (--min-free is '
                             f'{self.min_free:g}): make room, then give the same command again.')
         return self.waiting.clear()
-    write_file(file, r.params.yaml())
     self.tell('resumes' if sweep.state(r) != 'new' else 'starts', r)
+    try:
+        write_file(file, r.params.yaml(track=True))
+        self.executor.start(r.name, [sys.executable, '-m', 'adflow.cli', 'run', str(file), '--outputs',
+                                     str(sweep.outputs)], self.log(r))
+    except OSError as e:
+        self.out.stopped = f'{r.name} could not be started: {e}. Repair that, then give the same command again.'
+        return self.waiting.clear()
     self.waiting.remove(r); self.started.add(r.name)
-    self.executor.start(r.name, [sys.executable, '-m', 'adflow.cli', 'run', str(file), '--outputs',
-                                 str(sweep.outputs)], self.log(r))
 
 @patch
 def end(self: Execution, r: Planned, code: int):
@@ -198,7 +212,7 @@ def end(self: Execution, r: Planned, code: int):
         self.tries[r.name] = self.tries.get(r.name, 0) + 1
         self.tell('killed', r)
         if self.tries[r.name] <= self.retries: return self.waiting.insert(0, r)
-    self.out.failed[r.name] = why, _ = explain(self.sweep, r, self.log(r))
+    self.out.failed[r.name] = why, _ = explain(self.sweep, r, self.log(r), code)
     self.tell('FAILED', r, why)
 
 @patch
@@ -231,7 +245,7 @@ def execute(
         while x.step():
             if time.monotonic() - looked > 2:
                 looked, table = time.monotonic(), state_table(sweep, plan)
-                write_status(sweep, table)
+                x.keep(write_status, sweep, table)
                 if watch: watch(table)
             time.sleep(.2)
     except KeyboardInterrupt:
@@ -241,8 +255,10 @@ def execute(
         for s, handler in former.items(): signal.signal(s, handler)
     for r in sweep.runs:
         if (s := sweep.state(r)) == 'done': x.out.done.append(r.name)
+        elif r.name in x.out.failed: continue
         elif s == 'failed': x.out.failed[r.name] = explain(sweep, r, x.log(r))
-        elif r.name not in x.out.failed: x.out.left.append(r.name)
-    write_status(sweep, state_table(sweep, plan))
-    if len(table := result_table(sweep)): write_file(sweep.folder/'table.parquet', table.to_parquet(index=False))
+        else: x.out.left.append(r.name)
+    x.keep(write_status, sweep, state_table(sweep, plan))
+    table = result_table(sweep)
+    if len(table): x.keep(write_file, sweep.folder/'table.parquet', table.to_parquet(index=False))
     return x.out

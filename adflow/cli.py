@@ -27,13 +27,14 @@ def _sweep(args) -> int:
     plan = plan_table(sweep)
     chosen = {k: v for k in ('gpus', 'workers', 'threads', 'address') if (v := getattr(args, k)) is not None}
     executor = EXECUTORS.build({'name': args.executor, **chosen})
+    mirror = importlib.import_module('adflow.sweeps.mirror').Mirror(args.mirror) if args.mirror else None
     _print_table(plan[[k for k in plan if plan[k].notna().any() and (k != 'other versions' or plan[k].any())]])
     rest = remaining(state_table(sweep, plan), executor.slots)
     print(f'{sweep.name}: {len(sweep)} runs, {sweep.counts()}; {executor.slots} at a time, about {clock(rest)} to go.')
     if args.dry_run: return 0
     with Watcher(sweep.name, executor.slots, Console(width=None if sys.stdout.isatty() else 160)) as watch:
         out = execute(sweep, executor, watch, max_runs=args.max_runs, retry_failed=args.retry_failed,
-                      retries=args.retries, min_free=args.min_free, say=watch.say)
+                      retries=args.retries, min_free=args.min_free, say=watch.say, mirror=mirror)
     if len(table := result_table(sweep)): _print_table(table)
     for name, (why, where) in out.failed.items(): print(f'FAILED {name}: {why}\n       {where}')
     if out.stopped: print(f'adflow: {sweep.name}: {out.stopped}', file=sys.stderr)
@@ -280,6 +281,7 @@ def _sweep_options(c):
     c.add_argument('--retry-failed', action='store_true', help='also runs that failed in a former call')
     c.add_argument('--retries', type=int, default=3, help='how often a killed run is started again (default: 3)')
     c.add_argument('--min-free', type=float, default=.5, help='GiB that must be free on the disk (default: 0.5)')
+    c.add_argument('--mirror', metavar='URL', help='copy finished runs there, take them from there: any fsspec path')
     c.add_argument('--executor', default='local', help='where: adflow parts executor (default: local)')
     c.add_argument('--gpus', help='which, such as 0,1,4,5; auto: all; none: the CPU')
     c.add_argument('--workers', type=int, help='runs at a time on each GPU, or on the CPU')

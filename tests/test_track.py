@@ -161,8 +161,7 @@ def test_two_at_once_in_a_database_that_is_not_there_yet(home):
 @pytest.mark.slow
 def test_a_locked_database_stops_nothing(home):
     mlflow()
-    (home / 'outputs').mkdir()
-    Follower('mlflow')                                        # the package is there
+    Follower('mlflow')(told(home, 'before'), over=True)       # there is a database
     lock = sqlite3.connect(home / 'outputs/mlflow.db')
     lock.execute('BEGIN EXCLUSIVE')
     try:
@@ -171,8 +170,8 @@ def test_a_locked_database_stops_nothing(home):
     finally: lock.close()
     assert p.returncode == 0 and read_json(home / 'outputs/tiny/quick/manifest.json')['state'] == 'done', err
     assert err.count('warning: track: mlflow: ') == 1 and '--track mlflow' in err, err
-    assert report_runs(home / 'outputs', 'mlflow') == 1       # as the warning proposes
-    (status, params, points), = runs_of(home).values()
+    assert set(runs_of(home)) == {'before'} and report_runs(home / 'outputs', 'mlflow') == 2  # as the warning proposes
+    status, params, points = runs_of(home)['quick']
     assert status == 'FINISHED' and points['train/loss'] == WHOLE['train/loss']
 
 @pytest.mark.slow

@@ -105,9 +105,12 @@ class MLflow:
         from mlflow.tracking import MlflowClient
         outputs = Path(told['folder']).parent.parent
         with FileLock(outputs/'.mlflow.lock', timeout=20):
-            with closing(sqlite3.connect(outputs/'mlflow.db', timeout=2)) as probe:
+            if not (file := outputs/'mlflow.db').is_file():
+                MlflowClient(f"sqlite:///{(new := outputs/f'.mlflow.{os.getpid()}.db')}").search_experiments()
+                os.replace(new, file)              # forty migrations: killed among them, a database is no more of use
+            with closing(sqlite3.connect(file, timeout=2)) as probe:
                 probe.execute('BEGIN IMMEDIATE')   # fails at once where MLflow would try for minutes
-            self.client = self.client or MlflowClient(f"sqlite:///{outputs/'mlflow.db'}")
+            self.client = self.client or MlflowClient(f'sqlite:///{file}')
             if self.run is None: self._begin(told, outputs, entities)
             new, when = list(fresh(told, self._there)), int(time.time() * 1000)
             for at in range(0, len(new), 40):      # whole rows, below a thousand points

@@ -131,7 +131,11 @@ def _score(args) -> int:
     from adflow.predict.files import score_files
     predictor = _predictor(args, args.device)
     to = Path(args.to or Path(args.outputs)/'scores'/f'{predictor.path.parent.name}-{predictor.path.name}')
-    table = score_files(predictor, args.images, to, args.cls, not args.no_maps, args.batch_size)
+    more = {}
+    if args.executor == 'ray':
+        from adflow.predict.cluster import OnRay
+        more = dict(scorer=OnRay(args.address, args.workers))
+    table = score_files(predictor, args.images, to, args.cls, not args.no_maps, args.batch_size, **more)
     good, bad = table[table['error'].isna()], table[table['error'].notna()]
     if len(good):
         told = good.assign(**{'class': good['class'].fillna(good['group'])}).groupby('class', sort=False)
@@ -162,6 +166,9 @@ def _add_predict(command):
     c.add_argument('--no-maps', action='store_true', help='no pictures, the table only')
     c.add_argument('--device', default='auto', help='auto, cpu, cuda, …')
     c.add_argument('--batch-size', type=int, default=16, help='images (default: 16)')
+    c.add_argument('--executor', choices=['local', 'ray'], default='local', help='where (default: local)')
+    c.add_argument('--workers', type=int, default=0, help='of ray; 0: one per GPU, or per core')
+    c.add_argument('--address', default='auto', help='of a Ray cluster (default: auto); local: one for this call')
     e.add_argument('--onnx', action='store_true', required=True, help='the only format there is')
 
 # %% ../nbs/99_cli.ipynb #952a2b8d

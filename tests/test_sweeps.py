@@ -15,8 +15,9 @@ import pytest
 
 from adflow.sweeps import plan
 from adflow.sweeps.execute import Local, execute, result_table, state_table
+from adflow.sweeps.mirror import Mirror
 from adflow.sweeps.plan import Sweep, SweepError, plan_table
-from adflow.workbook.runs import read_json
+from adflow.workbook.runs import read_json, update_manifest
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(
     [str(Path(__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]))
@@ -164,6 +165,40 @@ def test_max_runs_and_disk(home):
     states = [json.loads(line)['state'] for line in (sweep.folder / 'status.jsonl').read_text().splitlines()]
     assert sorted(states) == ['done', 'done', 'new']
 
+
+@pytest.mark.parametrize('url', ['memory://{}', 'file://{}'])
+def test_a_mirror(home, url):
+    "What is done here is copied, whole; another machine fetches it and executes the rest. A torn copy is executed."
+    mirror, said = Mirror(url.format(home / 'there')), []
+    sweep = sweep_of(home, seeds=[0, 1, 2])
+    def done_by(fake):                                       # the toy executor writes no parameters' hash
+        for r in sweep.runs:
+            if fake.sweep.state(r) == 'done': update_manifest(fake.sweep.final(r), params_hash=r.params.hash)
+    fake = Fake(sweep, {})
+    execute(sweep, fake, max_runs=2, say=said.append)
+    done_by(fake)
+    out = execute(sweep, Fake(sweep, {}), max_runs=0, mirror=mirror, say=said.append)
+    done_by(fake)
+    assert len(out.done) == 3 and sum('copied' in s for s in said) == 3
+    execute(sweep, Fake(sweep, {}), mirror=mirror, say=said.append)      # the third has its hash now: copied again
+    assert sum('copied' in s for s in said) == 4
+    first = sweep.final(sweep.runs[0])
+    mirror.fs.pipe_file(f'{mirror._at(first)}/manifest.json', b'{"state"')
+    other = sweep_of(home, outputs='elsewhere', seeds=[0, 1, 2])
+    fake, said = Fake(other, {}), []
+    out = execute(other, fake, mirror=mirror, say=said.append)
+    assert len(out.done) == 3 and fake.asked == [other.runs[0].name] and sum('fetched' in s for s in said) == 2
+    assert mirror.files(other.final(other.runs[0]))['manifest.json'] > 9                # and is copied again
+    for r, a in zip(sweep.runs[1:], other.runs[1:]):
+        assert (sweep.final(r) / 'manifest.json').read_bytes() == (other.final(a) / 'manifest.json').read_bytes()
+
+def test_a_mirror_in_trouble_stops_no_run(home):
+    mirror, said = Mirror('memory://nowhere'), []
+    def unreachable(*_): raise ConnectionError('no route to host')
+    mirror.files = unreachable
+    sweep = sweep_of(home, seeds=[0])
+    assert len(execute(sweep, Fake(sweep, {}), mirror=mirror, say=said.append).done) == 1
+    assert sum('warning' in s and 'no route to host' in s for s in said) == 3           # pull, push, push at the end
 
 @pytest.mark.slow
 def test_failures_are_told(home):

@@ -16,7 +16,7 @@ from adflow.cli import main
 from adflow.parts import PartError
 from adflow.sweeps.plan import Sweep
 from adflow.workbook.runs import read_json
-from adflow.workbook.track import Follower, report_runs
+from adflow.workbook.track import Follower, history_of, report_runs, results_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = ['''
@@ -186,6 +186,16 @@ def test_failed_and_killed_runs_say_so(home):
     until(lambda: (home / 'outputs/tiny/.stopped.partial/checkpoint/current').is_file())
     p.terminate()
     assert p.wait(60) == 143 and runs_of(home)['stopped'][0] == 'KILLED'
+
+@pytest.mark.slow
+def test_the_history_of_a_real_learner(tmp_path):
+    "What a tracker finds in the folder is what the learner says of itself."
+    from test_predict import CLASSES, make_run
+    path, study, stage = make_run(tmp_path / 'outputs', 'flow', couplings=1, epochs=2)
+    rows = history_of(path)['train']
+    assert len(rows) == len(stage.history) == 2 * len(CLASSES) and [r['task'] for r in rows] == [0, 0, 1, 1]
+    assert [r['loss'] for r in rows] == [r['loss'] for r in stage.history] and set(rows[0]) == set(stage.history[0])
+    assert results_of(path) == []                             # no metrics were written
 
 def told(home, name='quick'):
     "A finished run's folder, made by hand."

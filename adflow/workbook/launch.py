@@ -47,7 +47,7 @@ def _spawn(folder: RunFolder, follow: Follower) -> int:
     former = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while True:
-            try: return child.wait(LOOK)
+            try: return child.wait(None if follow.name == 'none' else LOOK)
             except subprocess.TimeoutExpired: follow(folder.partial)
     except KeyboardInterrupt as e:
         child.terminate()

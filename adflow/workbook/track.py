@@ -33,8 +33,9 @@ def history_of(
         try: state = read_json(pointer.parent/pointer.read_text().strip()/'state.json')
         except OSError: continue                           # replaced just now
         name = '/'.join(['train', *pointer.parent.relative_to(home).parts])
-        tasks = list(dict.fromkeys(r['task'] for r in state.get('history', [])))
-        found[name] = [_numbers(r) | {'task': float(tasks.index(r['task']))} for r in state.get('history', [])]
+        rows = state.get('history', [])
+        tasks = list(dict.fromkeys(r.get('task') for r in rows))
+        found[name] = [_numbers(r) | {'task': float(tasks.index(r.get('task')))} for r in rows]
     return found
 
 def results_of(

@@ -200,7 +200,7 @@ def test_a_partial_run_is_not_continued_by_other_code(home):
     code, _, err = adflow(home, '--set', 'fail=true')
     assert code == 1 and 'resuming' in err                             # goes on, to the cell that fails
     assert 'warning: tiny/quick goes on under other code: torch 0.1 → ' in err
-    assert [m.split(' ')[0] for m in read_json(partial / 'manifest.json')['mixed']] == ['torch']  # the commit: no matter
+    assert [m.split(' ')[0] for m in read_json(partial / 'manifest.json')['mixed']] == ['torch']   # not the commit
     notebook.write_text(before.replace('time.sleep(.02)', 'time.sleep(.01)'))
     code, _, err = adflow(home, '--set', 'fail=true')
     assert code == 2 and 'its notebook or what that imports of adflow: ' in err and 'resuming' not in err

@@ -27,13 +27,14 @@ def _sweep(args) -> int:
     plan = plan_table(sweep)
     chosen = {k: v for k in ('gpus', 'workers', 'threads', 'address') if (v := getattr(args, k)) is not None}
     executor = EXECUTORS.build({'name': args.executor, **chosen})
+    mirror = importlib.import_module('adflow.sweeps.mirror').Mirror(args.mirror) if args.mirror else None
     _print_table(plan[[k for k in plan if plan[k].notna().any() and (k != 'other versions' or plan[k].any())]])
     rest = remaining(state_table(sweep, plan), executor.slots)
     print(f'{sweep.name}: {len(sweep)} runs, {sweep.counts()}; {executor.slots} at a time, about {clock(rest)} to go.')
     if args.dry_run: return 0
     with Watcher(sweep.name, executor.slots, Console(width=None if sys.stdout.isatty() else 160)) as watch:
         out = execute(sweep, executor, watch, max_runs=args.max_runs, retry_failed=args.retry_failed,
-                      retries=args.retries, min_free=args.min_free, say=watch.say)
+                      retries=args.retries, min_free=args.min_free, say=watch.say, mirror=mirror)
     if len(table := result_table(sweep)): _print_table(table)
     for name, (why, where) in out.failed.items(): print(f'FAILED {name}: {why}\n       {where}')
     if out.stopped: print(f'adflow: {sweep.name}: {out.stopped}', file=sys.stderr)
@@ -62,6 +63,10 @@ def _watch(outputs) -> int:
 def _runs(args) -> int:
     from adflow.workbook.runs import list_runs
     if args.watch: return _watch(args.outputs)
+    if args.track:
+        from adflow.workbook.track import report_runs
+        print(f'{args.track}: {report_runs(args.outputs, args.track)} finished runs of {args.outputs} are there.')
+        return 0
     table = list_runs(args.outputs)
     if args.json: print(table.to_json(orient='records', indent=1)); return 0
     if not len(table):
@@ -126,7 +131,11 @@ def _score(args) -> int:
     from adflow.predict.files import score_files
     predictor = _predictor(args, args.device)
     to = Path(args.to or Path(args.outputs)/'scores'/f'{predictor.path.parent.name}-{predictor.path.name}')
-    table = score_files(predictor, args.images, to, args.cls, not args.no_maps, args.batch_size)
+    more = {}
+    if args.executor == 'ray':
+        from adflow.predict.cluster import OnRay
+        more = dict(scorer=OnRay(args.address, args.workers))
+    table = score_files(predictor, args.images, to, args.cls, not args.no_maps, args.batch_size, **more)
     good, bad = table[table['error'].isna()], table[table['error'].notna()]
     if len(good):
         told = good.assign(**{'class': good['class'].fillna(good['group'])}).groupby('class', sort=False)
@@ -157,6 +166,9 @@ def _add_predict(command):
     c.add_argument('--no-maps', action='store_true', help='no pictures, the table only')
     c.add_argument('--device', default='auto', help='auto, cpu, cuda, …')
     c.add_argument('--batch-size', type=int, default=16, help='images (default: 16)')
+    c.add_argument('--executor', choices=['local', 'ray'], default='local', help='where (default: local)')
+    c.add_argument('--workers', type=int, default=0, help='of ray; 0: one per GPU, or per core')
+    c.add_argument('--address', default='auto', help='of a Ray cluster (default: auto); local: one for this call')
     e.add_argument('--onnx', action='store_true', required=True, help='the only format there is')
 
 # %% ../nbs/99_cli.ipynb #952a2b8d
@@ -276,6 +288,7 @@ def _sweep_options(c):
     c.add_argument('--retry-failed', action='store_true', help='also runs that failed in a former call')
     c.add_argument('--retries', type=int, default=3, help='how often a killed run is started again (default: 3)')
     c.add_argument('--min-free', type=float, default=.5, help='GiB that must be free on the disk (default: 0.5)')
+    c.add_argument('--mirror', metavar='URL', help='copy finished runs there, take them from there: any fsspec path')
     c.add_argument('--executor', default='local', help='where: adflow parts executor (default: local)')
     c.add_argument('--gpus', help='which, such as 0,1,4,5; auto: all; none: the CPU')
     c.add_argument('--workers', type=int, help='runs at a time on each GPU, or on the CPU')
@@ -313,6 +326,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--outputs', default='outputs', help='folder of all runs (default: ./outputs)')
     c.add_argument('--json', action='store_true')
     c.add_argument('--watch', action='store_true', help='what is running, live; Ctrl-C leaves')
+    c.add_argument('--track', metavar='NAME', help='report every finished run to a tracker: mlflow, tensorboard')
     _add_predict(command)
     c = command('parts', _parts, 'list what a YAML can choose: every registry, its parts, their arguments')
     c.add_argument('kind', nargs='*', help='only these registries')

@@ -283,6 +283,25 @@ def test_onnx_agrees_on_real_images(family, tmp_path, capsys):
         assert np.abs(scores - ours['score']).max() / unit < 1e-4
         assert json.loads(meta['limit'])[cls] == pytest.approx(ours['limit'][0])
 
+@pytest.mark.slow
+def test_score_on_a_ray_cluster(bank, tmp_path, capsys):
+    "Two workers write the table and the pictures that one process writes; a file that is no image is among them."
+    ray = pytest.importorskip('ray', reason="ray is not installed: pip install 'adflow[ray]'")
+    folder = tmp_path/'images'
+    folder.mkdir()
+    for i, f in enumerate(known(*bank[1:])[0]['image'][:6]): shutil.copy(f, folder/f'{i}.png')
+    (folder/'x.png').write_text('no image')
+    try:
+        for name, more in (('one', []), ('many', ['--executor', 'ray', '--address', 'local', '--workers', '2'])):
+            code, out, err = said(capsys, 'score', bank[0], folder, '--to', tmp_path/name, '--batch-size', 2, *more)
+            assert code == 1 and '6 of 7 images scored' in out and 'x.png' in err
+    finally: ray.shutdown()
+    one, many = (pd.read_parquet(tmp_path/n/'scores.parquet') for n in ('one', 'many'))
+    pd.testing.assert_frame_equal(one, many, rtol=1e-6)
+    assert [(tmp_path/n/one['picture'][0]).read_bytes() for n in ('one', 'many')][0].startswith(b'\x89PNG')
+    drawn = [sorted(p.relative_to(tmp_path/n) for p in (tmp_path/n).rglob('*.png')) for n in ('one', 'many')]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 6
+
 def test_onnx_refuses_what_it_cannot_write(tmp_path):
     from adflow.predict.export import ExportError, graph_of
     path, study, stage = make_run(tmp_path/'outputs', 'stn', couplings=1, epochs=1, augment='stn')

@@ -13,9 +13,11 @@ import pandas as pd
 import psutil
 import pytest
 
+from adflow.sweeps import plan
 from adflow.sweeps.execute import Local, execute, result_table, state_table
+from adflow.sweeps.mirror import Mirror
 from adflow.sweeps.plan import Sweep, SweepError, plan_table
-from adflow.workbook.runs import read_json
+from adflow.workbook.runs import read_json, update_manifest
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(
     [str(Path(__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]))
@@ -164,6 +166,40 @@ def test_max_runs_and_disk(home):
     assert sorted(states) == ['done', 'done', 'new']
 
 
+@pytest.mark.parametrize('url', ['memory://{}', 'file://{}'])
+def test_a_mirror(home, url):
+    "What is done here is copied, whole; another machine fetches it and executes the rest. A torn copy is executed."
+    mirror, said = Mirror(url.format(home / 'there')), []
+    sweep = sweep_of(home, seeds=[0, 1, 2])
+    def done_by(fake):                                       # the toy executor writes no parameters' hash
+        for r in sweep.runs:
+            if fake.sweep.state(r) == 'done': update_manifest(fake.sweep.final(r), params_hash=r.params.hash)
+    fake = Fake(sweep, {})
+    execute(sweep, fake, max_runs=2, say=said.append)
+    done_by(fake)
+    out = execute(sweep, Fake(sweep, {}), max_runs=0, mirror=mirror, say=said.append)
+    done_by(fake)
+    assert len(out.done) == 3 and sum('copied' in s for s in said) == 3
+    execute(sweep, Fake(sweep, {}), mirror=mirror, say=said.append)      # the third has its hash now: copied again
+    assert sum('copied' in s for s in said) == 4
+    first = sweep.final(sweep.runs[0])
+    mirror.fs.pipe_file(f'{mirror._at(first)}/manifest.json', b'{"state"')
+    other = sweep_of(home, outputs='elsewhere', seeds=[0, 1, 2])
+    fake, said = Fake(other, {}), []
+    out = execute(other, fake, mirror=mirror, say=said.append)
+    assert len(out.done) == 3 and fake.asked == [other.runs[0].name] and sum('fetched' in s for s in said) == 2
+    assert mirror.files(other.final(other.runs[0]))['manifest.json'] > 9                # and is copied again
+    for r, a in zip(sweep.runs[1:], other.runs[1:]):
+        assert (sweep.final(r) / 'manifest.json').read_bytes() == (other.final(a) / 'manifest.json').read_bytes()
+
+def test_a_mirror_in_trouble_stops_no_run(home):
+    mirror, said = Mirror('memory://nowhere'), []
+    def unreachable(*_): raise ConnectionError('no route to host')
+    mirror.files = unreachable
+    sweep = sweep_of(home, seeds=[0])
+    assert len(execute(sweep, Fake(sweep, {}), mirror=mirror, say=said.append).done) == 1
+    assert sum('warning' in s and 'no route to host' in s for s in said) == 3           # pull, push, push at the end
+
 @pytest.mark.slow
 def test_failures_are_told(home):
     sweep = sweep_of(home, variants={'good': {}, 'raises': {'fail': 'value'}, 'memory': {'fail': 'memory'}})
@@ -178,27 +214,36 @@ def children_of(pid):
     try: return [p for p in psutil.Process(pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
     except psutil.NoSuchProcess: return []
 
-def survive(home, sweep, kills, seed=0, limit=900, workers=2):
-    """Runs a sweep to its end although random ones of its processes, the launcher too, are killed. How many were.
-    Every second kill waits for a run that has a checkpoint to lose."""
-    rng, begun, done = random.Random(seed), time.monotonic(), 0
+def kind_of(process):
+    "Which part of a sweep a process is."
+    line = ' '.join(process.cmdline())
+    kinds = {'adflow.cli sweep': 'sweep', 'adflow.cli run': 'launcher', 'adflow.workbook.child': 'child',
+             'ipykernel': 'kernel'}
+    return next((k for word, k in kinds.items() if word in line), 'other')
+
+def survive(call, outputs, sweep, kills, seed=0, limit=900, env=ENV, checkpoint='state.json'):
+    """Gives a command until the sweep is done although random ones of its processes, the launcher too, are killed.
+    Which were. Every second kill waits for a run that has a checkpoint to lose."""
+    rng, begun, done = random.Random(seed), time.monotonic(), []
     while True:
-        p = subprocess.Popen(command(home, workers=workers), env=ENV, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL, start_new_session=True)
+        p = subprocess.Popen(call, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             start_new_session=True)
         pause = rng.uniform(2, 6)
         while p.poll() is None:
             assert time.monotonic() - begun < limit, state_table(sweep, plan_table(sweep))
             time.sleep(.1)
-            if done >= kills: continue
+            if len(done) >= kills: continue
             pause -= .1
-            if pause > 0 or (done % 2 and not list((home / 'outputs/tiny').glob('.*.partial/checkpoint/state.json'))):
+            if pause > 0 or (len(done) % 2 and not list(outputs.glob(f'*/.*.partial/checkpoint/{checkpoint}'))):
                 continue
             pause = rng.uniform(2, 6)
             victims = [psutil.Process(p.pid), *children_of(p.pid)]
-            victim = victims[0] if done % 4 == 1 else rng.choice(victims)
-            try: victim.send_signal(signal.SIGKILL)
+            victim = victims[0] if len(done) % 4 == 1 else rng.choice(victims)
+            try:
+                kind = kind_of(victim)
+                victim.send_signal(signal.SIGKILL)
             except psutil.NoSuchProcess: continue
-            done += 1
+            done.append(kind)
         if p.returncode == 0: return done
         assert p.returncode in (-9, 1), p.returncode     # the launcher was killed: the same command again
 
@@ -207,11 +252,39 @@ def test_random_kills_change_nothing(home):
     "Of launchers, kernels and whatever else belongs to a sweep. ADFLOW_KILLS=10 ADFLOW_RUNS=24 for the long version."
     runs, kills = int(os.environ.get('ADFLOW_RUNS', 6)), int(os.environ.get('ADFLOW_KILLS', 4))
     sweep = sweep_of(home, sets={'steps': 10}, grid={'x': [1., 2.]}, seeds=list(range(runs // 2)))
-    assert survive(home, sweep, kills) == kills
+    assert len(survive(command(home), home / 'outputs', sweep, kills)) == kills
     assert found(sweep) == expected(sweep)
     starts = [len(read_json(sweep.final(r) / 'manifest.json')['starts']) for r in sweep.runs]
     assert max(starts) > 1                                # some run really was resumed
     assert not list((home / 'outputs/tiny').glob('.*.partial'))
+
+@pytest.mark.skipif(not os.environ.get('ADFLOW_NIGHT'), reason='a quarter of an hour: ADFLOW_NIGHT=1')
+def test_a_night_of_the_quickstart(tmp_path, monkeypatch):
+    """24 runs of the real notebook (as small as its own test), two at a time, twice: left alone, and under ten kills.
+    Each sweep extracts its own features. The tables are equal to the last bit."""
+    runs, kills = int(os.environ.get('ADFLOW_RUNS', 24)), int(os.environ.get('ADFLOW_KILLS', 10))
+    file, tables = tmp_path / 'night.yaml', {}
+    file.write_text(json.dumps(dict(base='moleflow/test.yaml', sets={'checkpoint_seconds': .2, 'epochs': 8},
+                                    grid={'couplings': [1, 2], 'subnet.rank': [2, 4]}, seeds=list(range(runs // 4)))))
+    for name, n in (('undisturbed', 0), ('killed', kills)):
+        outputs = tmp_path / name
+        env = ENV | dict(ADFLOW_CACHE=str(tmp_path / f'cache-{name}'))
+        call = [sys.executable, '-m', 'adflow.cli', 'sweep', str(file), '--outputs', str(outputs), '--gpus', 'none',
+                '--workers', '2', '--threads', '1', '--retries', '99']
+        monkeypatch.setenv('ADFLOW_CACHE', env['ADFLOW_CACHE'])
+        plan._data_of.cache_clear()
+        sweep, begun = Sweep(file, outputs), time.monotonic()
+        killed = survive(call, outputs, sweep, n, limit=3000, env=env, checkpoint='current')
+        starts = [len(read_json(sweep.final(r) / 'manifest.json')['starts']) for r in sweep.runs]
+        tables[name] = result_table(sweep)
+        print(f'{name}: {len(tables[name])} runs in {(time.monotonic() - begun) / 60:.1f} min; killed: '
+              f'{pd.Series(killed, dtype=object).value_counts().to_dict()}; started more than once: '
+              f'{sum(s > 1 for s in starts)} runs', flush=True)
+        assert len(killed) == n and (max(starts) > 1) == (n > 0)
+        assert not list(outputs.glob('*/.*.partial'))
+    left = [t.drop(columns=['minutes', 'memory_gib']) for t in tables.values()]
+    assert len(left[0]) == runs and left[0]['pixel_ap'].nunique() > runs // 2
+    pd.testing.assert_frame_equal(*left, check_exact=True)
 
 @pytest.mark.slow
 def test_two_at_once(home):

@@ -17,7 +17,7 @@ from .score import RESULTS, Predictor, as_table
 from ..workbook.runs import write_file
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'find_images', 'content_of', 'score_files']
+__all__ = ['SUFFIXES', 'find_images', 'content_of', 'score_some', 'in_turn', 'score_files']
 
 # %% ../../nbs/predict/982_files.ipynb #60fa02fd
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
@@ -68,6 +68,25 @@ def _kept(predictor, old: dict | None, told, to: Path, picture: str | None) -> d
     return old | now if there and same and picture == old['picture'] else None
 
 # %% ../../nbs/predict/982_files.ipynb #1aaba4d4
+def score_some(
+    predictor: Predictor,
+    images: list,                  # paths
+    cls: str | None,               # what they all are, where it is known
+    to: Path,                      # folder of the results
+    places: list,                  # of each: where its picture goes, below `to`; None: no picture
+) -> list[dict]:                   # the row of each, without its map
+    "Scores one batch and draws its pictures."
+    rows = predictor.score_batch(images, cls, any(places)).drop(columns='map').to_dict('records')
+    for place, row in zip(places, rows):
+        if (drawn := row.pop('picture', None)) is not None:
+            _draw(to/place, drawn)
+            row |= {'picture': place, 'drawn_for': row['limit']}
+    return rows
+
+def in_turn(predictor, batches, cls, to, places):
+    "Scores batches here, one after the other: yields each with its rows."
+    for images, where in zip(batches, places): yield images, score_some(predictor, images, cls, to, where)
+
 def score_files(
     predictor: Predictor,
     paths,                         # files and folders
@@ -77,6 +96,7 @@ def score_files(
     batch_size: int = 16,          # images
     part: int = 256,               # images between two writes
     progress: bool = True,
+    scorer=in_turn,                # what takes the batches and yields them, in any order, with their rows
 ) -> pd.DataFrame:                 # as written: `RESULTS`, content, learned, told, picture, drawn_for; attrs: kept
     "Scores files, keeps what was scored before, and writes all at once."
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
@@ -94,18 +114,13 @@ def score_files(
     number = len(list((to/'.parts').glob('*.parquet')))
     todo = [f for f in files if f not in rows]
     common = dict(learned=predictor.about['learned'], told=cls or '')
+    batches = [todo[i:i + batch_size] for i in range(0, len(todo), batch_size)]
     with tqdm(total=len(files), initial=len(rows), desc='score', unit='image', disable=not progress) as bar:
-        for i in range(0, len(todo), batch_size):
-            batch = todo[i:i + batch_size]
-            made = predictor.score_batch(batch, cls, pictures)
-            for f, row in zip(batch, made.drop(columns='map').to_dict('records')):
-                drawn = row.pop('picture', None)
-                if drawn is not None:
-                    _draw(to/place[f], drawn)
-                    row |= {'picture': place[f], 'drawn_for': row['limit']}
+        for batch, made in scorer(predictor, batches, cls, to, [[place[f] for f in b] for b in batches]):
+            for f, row in zip(batch, made):
                 rows[f] = row | common | {'content': content[f]}
                 fresh.append(rows[f])
-            if len(fresh) >= part or i + batch_size >= len(todo):
+            if len(fresh) >= part:
                 write_file(to/'.parts'/f'{number:06}.parquet', as_table(fresh, _KEYS).to_parquet(index=False))
                 number, fresh = number + 1, []
             bar.update(len(batch))

@@ -11,7 +11,7 @@ from .execute import EXECUTORS
 from .plan import SweepError
 
 # %% auto #0
-__all__ = ['run_command', 'Ray']
+__all__ = ['run_command', 'connect', 'Ray']
 
 # %% ../../nbs/sweeps/963_cluster.ipynb #d1e89f59
 def run_command(
@@ -33,6 +33,20 @@ def run_command(
             if process.poll() is None: process.terminate()
 
 # %% ../../nbs/sweeps/963_cluster.ipynb #7b4f752a
+def connect(
+    address: str,                # of a cluster; auto: the one of this machine; local: one for this process
+):                               # the module `ray`
+    "Joins a cluster, unless this process is in one."
+    try: import ray
+    except ImportError: raise SweepError("executor ray: pip install 'adflow[ray]' first.") from None
+    if ray.is_initialized(): return ray
+    os.environ.setdefault('RAY_raylet_start_wait_time_s', '180')        # a busy machine takes longer than 30 s
+    try: ray.init(address=address, log_to_driver=False)
+    except ConnectionError as e:
+        raise SweepError(f'executor ray: no cluster at {address!r} ({e}). Start one with `ray start --head`, '
+                         'or give --address.') from None
+    return ray
+
 @EXECUTORS.register('ray')
 class Ray:
     "A Ray cluster: a task per run."
@@ -43,14 +57,7 @@ class Ray:
         workers: int = 0,            # runs at a time at most; 0: as many as fit
         threads: int = 1,            # of each run
     ):
-        try: import ray
-        except ImportError: raise SweepError("executor ray: pip install 'adflow[ray]' first.") from None
-        self.ray = ray
-        if not ray.is_initialized():
-            try: ray.init(address=address, log_to_driver=False)
-            except ConnectionError as e:
-                raise SweepError(f'executor ray: no cluster at {address!r} ({e}). Start one with `ray start --head`, '
-                                 'or give --address.') from None
+        self.ray = ray = connect(address)
         there = ray.cluster_resources()
         self.need = {'CPU': cpus, 'GPU': float(there.get('GPU', 0) > 0) if gpus == 'auto' else float(gpus)}
         if short := [f'{n} {k}' for k, n in self.need.items() if n > there.get(k, 0)]:

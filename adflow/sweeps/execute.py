@@ -143,24 +143,53 @@ class Outcome:
     left: list = field(default_factory=list)      # not begun, or not to the end
     stopped: str = ''                             # why it stopped before the end
 
-def explain(sweep: Sweep, run: Planned, log: Path) -> tuple[str, Path]:
-    "What to say about a run that did not end well, and where to look."
+def explain(
+    sweep: Sweep,
+    run: Planned,
+    log: Path,
+    code: int = 1,               # with which it ended
+    since: int = 0,              # where in the log it began
+) -> tuple[str, Path]:           # what to say, and where to look
+    "Why a run did not end well."
     kept, m = sweep.partial(run)/'notebook.ipynb', read_json(sweep.partial(run)/'manifest.json')
-    if kept.is_file() and m.get('error'): return m['error'], kept
-    lines = log.read_text(errors='replace').replace('\r', '\n').strip().split('\n') if log.is_file() else []
-    return next((t for t in reversed(lines) if t.strip()), 'nothing was said'), log
+    if code != 2 and kept.is_file() and m.get('error'): return m['error'], kept       # 2: it refused to begin
+    text = log.read_bytes()[since:].decode(errors='replace').replace('\r', '\n').strip() if log.is_file() else ''
+    _, ours, said = ('\n' + text).rpartition('\nadflow: ')           # up to an empty line
+    if ours: return ' '.join(said.split('\n\n')[0].split()), log
+    full = f'the disk of {sweep.outputs} is full' if shutil.disk_usage(sweep.outputs).free < 2**20 else ''
+    return next((t for t in reversed(text.split('\n')) if t.strip()), full or 'nothing was said'), log
 
 class Execution:
     "The state of a sweep while it is executed."
-    def __init__(self, sweep: Sweep, executor, max_runs=0, retry_failed=False, retries=3, min_free=.5, say=print):
+    def __init__(self, sweep: Sweep, executor, max_runs=0, retry_failed=False, retries=3, min_free=.5, say=print,
+                 mirror=None):
         self.sweep, self.executor, self.say, self.out, self.retry_failed = sweep, executor, say, Outcome(), retry_failed
+        self.mirror = mirror                             # `sweeps.mirror.Mirror`, or None
         self.max_runs, self.retries, self.min_free = max_runs or len(sweep), retries, min_free
         self.started, self.tries, self.later, self.by_name = set(), {}, {}, {r.name: r for r in sweep.runs}
+        self.unwritten, self.since = False, {}
         self.waiting = [r for r in sweep.runs if sweep.state(r) not in ('done', *['failed'] * (not retry_failed))]
+        self.waiting = [r for r in self.waiting if not self.elsewhere(r, 'pull', sweep, r)]
 
     def log(self, r: Planned) -> Path: return self.sweep.folder/'logs'/f'{r.name}.log'
     def tell(self, what: str, r: Planned, why: str = ''):
         self.say(f"{time.strftime('%H:%M:%S')} {what:8} {r.name}{why and ': '}{why}")
+
+    def keep(self, write, *content):
+        "Writes what readers of the sweep would like to have; where it cannot, that is said once and stops no run."
+        try: write(*content)
+        except OSError as e:
+            if not self.unwritten: self.say(f'warning: {e}: the state of the sweep is not written, its runs go on.')
+            self.unwritten = True
+
+    def elsewhere(self, r: Planned, what: str, *arguments) -> bool:
+        "Lets the mirror push or pull a run; whether it did. Its trouble is told and stops no run."
+        try: did = self.mirror is not None and getattr(self.mirror, what)(*arguments)
+        except Exception as e:                           # of any library
+            self.say(f'warning: {what} {r.name}: {type(e).__name__}: {e}')
+            return False
+        if did: self.tell({'push': 'copied', 'pull': 'fetched'}[what], r)
+        return did
 
     def ready(self, r: Planned) -> bool:
         "Whether a waiting run may start now; forgets one that another process has done meanwhile."
@@ -181,16 +210,23 @@ def begin(self: Execution, r: Planned):
         self.out.stopped = (f'only {free:.2f} GiB are free on the disk of {sweep.outputs} (--min-free is '
                             f'{self.min_free:g}): make room, then give the same command again.')
         return self.waiting.clear()
-    write_file(file, r.params.yaml())
     self.tell('resumes' if sweep.state(r) != 'new' else 'starts', r)
+    try:
+        write_file(file, r.params.yaml(track=True))
+        self.since[r.name] = self.log(r).stat().st_size if self.log(r).is_file() else 0
+        self.executor.start(r.name, [sys.executable, '-m', 'adflow.cli', 'run', str(file), '--outputs',
+                                     str(sweep.outputs)], self.log(r))
+    except OSError as e:
+        self.out.stopped = f'{r.name} could not be started: {e}. Repair that, then give the same command again.'
+        return self.waiting.clear()
     self.waiting.remove(r); self.started.add(r.name)
-    self.executor.start(r.name, [sys.executable, '-m', 'adflow.cli', 'run', str(file), '--outputs',
-                                 str(sweep.outputs)], self.log(r))
 
 @patch
 def end(self: Execution, r: Planned, code: int):
     "What the exit code of a run means."
-    if code == 0 and self.sweep.state(r) == 'done': return self.tell('done', r)
+    if code == 0 and self.sweep.state(r) == 'done':
+        self.tell('done', r)
+        return self.elsewhere(r, 'push', self.sweep.final(r))
     if code == RunBusy.exit_code:                    # another sweep has it: look again later
         self.started.discard(r.name); self.later[r.name] = time.monotonic() + 5
         return self.waiting.append(r)
@@ -198,7 +234,7 @@ def end(self: Execution, r: Planned, code: int):
         self.tries[r.name] = self.tries.get(r.name, 0) + 1
         self.tell('killed', r)
         if self.tries[r.name] <= self.retries: return self.waiting.insert(0, r)
-    self.out.failed[r.name] = why, _ = explain(self.sweep, r, self.log(r))
+    self.out.failed[r.name] = why, _ = explain(self.sweep, r, self.log(r), code, self.since.get(r.name, 0))
     self.tell('FAILED', r, why)
 
 @patch
@@ -216,7 +252,7 @@ def execute(
     sweep: Sweep,
     executor=None,               # a part of `EXECUTORS`, built; None: local
     watch=None,                  # called every two seconds with `state_table`
-    **more,                      # max_runs, retry_failed, retries, min_free, say: see `Execution`
+    **more,                      # max_runs, retry_failed, retries, min_free, say, mirror: see `Execution`
 ) -> Outcome:
     "Executes what is not done: what is killed goes on, what fails is listed. SIGINT and SIGTERM stop it in good order."
     try:
@@ -231,7 +267,7 @@ def execute(
         while x.step():
             if time.monotonic() - looked > 2:
                 looked, table = time.monotonic(), state_table(sweep, plan)
-                write_status(sweep, table)
+                x.keep(write_status, sweep, table)
                 if watch: watch(table)
             time.sleep(.2)
     except KeyboardInterrupt:
@@ -240,9 +276,11 @@ def execute(
         x.executor.stop()
         for s, handler in former.items(): signal.signal(s, handler)
     for r in sweep.runs:
-        if (s := sweep.state(r)) == 'done': x.out.done.append(r.name)
+        if (s := sweep.state(r)) == 'done': x.out.done.append(r.name); x.elsewhere(r, 'push', sweep.final(r))
+        elif r.name in x.out.failed: continue
         elif s == 'failed': x.out.failed[r.name] = explain(sweep, r, x.log(r))
-        elif r.name not in x.out.failed: x.out.left.append(r.name)
-    write_status(sweep, state_table(sweep, plan))
-    if len(table := result_table(sweep)): write_file(sweep.folder/'table.parquet', table.to_parquet(index=False))
+        else: x.out.left.append(r.name)
+    x.keep(write_status, sweep, state_table(sweep, plan))
+    table = result_table(sweep)
+    if len(table): x.keep(write_file, sweep.folder/'table.parquet', table.to_parquet(index=False))
     return x.out

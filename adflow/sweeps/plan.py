@@ -4,8 +4,8 @@
 
 # %% ../../nbs/sweeps/96_plan.ipynb #a063a8d4
 from __future__ import annotations
-import ast, hashlib, importlib.util, itertools, json, re
-from dataclasses import dataclass
+import hashlib, itertools, json, re
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .. import __version__
-from ..evaluate.names import EVALUATOR
 from ..registry import nearest
-from ..workbook.params import Params, ParamsError, find_params, load, read_notebook, read_yaml
+from ..workbook.code import code_version
+from ..workbook.params import Params, ParamsError, find_params, load, read_yaml
 from ..workbook.runs import RunFolder, differences, parameters_of, read_json, run_state
+from ..workbook.track import Follower
 
 # %% auto #0
-__all__ = ['SweepError', 'Spec', 'read_sweep', 'draw_values', 'expand', 'code_version', 'data_version', 'Planned',
-           'readable_name', 'Sweep', 'past_runs', 'estimate', 'plan_table']
+__all__ = ['SweepError', 'Spec', 'read_sweep', 'draw_values', 'expand', 'data_version', 'Planned', 'readable_name', 'Sweep',
+           'past_runs', 'estimate', 'plan_table']
 
 # %% ../../nbs/sweeps/96_plan.ipynb #ae484173
 class SweepError(ValueError):
@@ -119,45 +119,6 @@ def expand(
     return rows
 
 # %% ../../nbs/sweeps/96_plan.ipynb #db815186
-def _adflow_imports(tree: ast.AST, package: str) -> set[str]:
-    "Modules of adflow that a syntax tree imports; `package` is what relative imports start from."
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name('.' * node.level + (node.module or ''), package) if node.level \
-                else node.module
-            found |= {base, *(f'{base}.{a.name}' for a in node.names)}
-    return {m for m in found if m.split('.')[0] == 'adflow'}
-
-def _source(module: str) -> Path | None:
-    "The file of a module; None if the name is that of something inside one."
-    try: spec = importlib.util.find_spec(module)
-    except (ModuleNotFoundError, AttributeError): return None
-    return Path(spec.origin) if spec and spec.origin else None
-
-@lru_cache(maxsize=None)
-def _module(file: Path, name: str) -> tuple[str, frozenset]:
-    tree = ast.parse(file.read_text(encoding='utf-8'))
-    package = name if file.name == '__init__.py' else name.rpartition('.')[0]
-    return ast.dump(tree), frozenset(_adflow_imports(tree, package))
-
-def code_version(
-    notebook,                    # of an experiment
-) -> str:                        # 16 hex digits
-    "Hash over the notebook's code and all adflow modules that it reaches; comments do not count."
-    cells = [c['source'] for c in read_notebook(notebook) if c['cell_type'] == 'code']
-    cells = ['\n'.join(line for line in c.split('\n') if not line.lstrip().startswith(('%', '!'))) for c in cells]
-    trees = [ast.parse(c) for c in cells]
-    todo, seen = {m for t in trees for m in _adflow_imports(t, '')}, {}
-    while todo:
-        name = todo.pop()
-        if name in seen or (file := _source(name)) is None: continue
-        seen[name], more = _module(file, name)
-        todo |= more - set(seen)
-    told = [__version__, EVALUATOR, *map(ast.dump, trees), *(f'{k} {seen[k]}' for k in sorted(seen))]
-    return hashlib.sha256('\n'.join(told).encode()).hexdigest()[:16]
-
 @lru_cache(maxsize=None)
 def _data_of(told: str) -> str:
     from adflow.data.datasets import open_dataset       # the only thing here that needs torch
@@ -239,8 +200,8 @@ class Sweep:
         params = load(file, [*texts, *sets], 'x')
         about = [params.hash, code_version(params.notebook), data_version(params.values)]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        named = Params(params.experiment, f'{called}+{digest[:6]}', params.values, params.notebook, params.file,
-                       params.changed)
+        Follower(params.track)                                       # its package must be there before a night begins
+        named = replace(params, name=f'{called}+{digest[:6]}')
         return Planned(named, changes, digest, called)
 
     def __len__(self): return len(self.runs)

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from ..registry import REGISTRIES, PartError, check_conflicts, nearest
 
 # %% auto #0
-__all__ = ['RESERVED', 'ParamsError', 'read_yaml', 'Parameter', 'read_notebook', 'parameters', 'schema', 'import_parts',
+__all__ = ['RESERVED', 'TRACK', 'ParamsError', 'read_yaml', 'Parameter', 'read_notebook', 'parameters', 'schema', 'import_parts',
            'in_order', 'set_path', 'checkout', 'find_params', 'find_experiment', 'Params', 'params_hash', 'to_yaml',
            'resolve', 'load']
 
@@ -59,6 +59,7 @@ def read_yaml(
 
 # %% ../../nbs/workbook/90_params.ipynb #5fa409d7
 RESERVED = 'run_dir'  # set by the launcher, never by a YAML
+TRACK = 'track'       # may stand in every YAML: where a run reports to is no part of what it is, nor of its hash
 _NAMES = dict(Any=Any, Literal=Literal, Optional=Optional, Union=Union, Path=Path)
 
 @dataclass(frozen=True)
@@ -253,15 +254,19 @@ class Params:
     notebook: Path
     file: Path | None = None
     changed: tuple = ()                # the names whose values differ from the notebook's defaults
+    track: str | dict = 'none'         # where it also reports to, see `workbook.track`
 
     @property
     def hash(self) -> str:
         "Hash of the experiment and all values: what decides whether a run is the same run."
         return params_hash(self.experiment, self.values)
 
-    def yaml(self) -> str:
+    def yaml(self,
+        track: bool = False,           # also where it reports to
+    ) -> str:
         "As YAML that can be run again."
-        return to_yaml(dict(experiment=self.experiment, name=self.name, **self.values))
+        more = {TRACK: self.track} if track and self.track != 'none' else {}
+        return to_yaml(dict(experiment=self.experiment, name=self.name, **more, **self.values))
 
 def params_hash(experiment: str, values: dict) -> str:
     "Hash over experiment and values; the order of the keys does not matter, 1 and 1.0 are the same number."
@@ -336,6 +341,7 @@ def resolve(
     dumped = model(**values).model_dump()
     return {k: dumped[k] for k in values}
 
+# %% ../../nbs/workbook/90_params.ipynb #2d78f36a
 def load(
     file,                  # a parameter file, see `find_params`
     sets=(),               # `--set` texts
@@ -345,11 +351,15 @@ def load(
     file = find_params(file)
     overrides, places = _read_file(file)
     experiment, named = overrides.pop('experiment'), overrides.pop('name', None)
+    apart = {TRACK: overrides.pop(TRACK, 'none')}
+    mine = [t for t in sets if re.split(r'[.=]', t)[0].strip() == TRACK]
+    for text in in_order(mine): set_path(apart, text)
     run_name = str(name or named or file.stem)
     for what, v in (('experiment', str(experiment)), ('name', run_name)):
         if not re.fullmatch(r'\w[\w.+-]*', v):
             raise ParamsError(f"{file}: {what} {v!r} must be letters, digits and ._+- only: it names a folder.")
     notebook = find_experiment(experiment, file)
-    values = resolve(notebook, overrides, sets, places)
+    values = resolve(notebook, overrides, [t for t in sets if t not in mine], places)
     defaults = {p.name: p.default for p in parameters(notebook)}
-    return Params(experiment, run_name, values, notebook, file, tuple(k for k, v in values.items() if v != defaults[k]))
+    return Params(experiment, run_name, values, notebook, file, tuple(k for k, v in values.items() if v != defaults[k]),
+                  apart[TRACK])

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/workbook/91_runs.ipynb #093b7e53
 from __future__ import annotations
-import fcntl, hashlib, importlib.metadata, io, json, os, platform, shutil, socket, subprocess, tempfile, time
+import fcntl, importlib.metadata, io, json, os, platform, shutil, socket, subprocess, tempfile, time
 from pathlib import Path
 
 import pandas as pd
@@ -12,14 +12,14 @@ import psutil
 
 from .. import __version__
 from ..evaluate.names import EVALUATOR, METRICS
-from .files import now, read_json, update_manifest, write_file  # noqa: F401  also of a run
-from .params import Params, ParamsError, checkout, params_hash, read_notebook, read_yaml
+from .files import broken_files, now, read_json, update_manifest, write_file  # noqa: F401  now: for others
+from .params import Params, ParamsError, checkout, params_hash, read_yaml
 
 # %% auto #0
-__all__ = ['RunError', 'RunBusy', 'environment', 'Light', 'Run', 'differences', 'parameters_of', 'code_hash', 'check_code',
+__all__ = ['RunError', 'RunBusy', 'environment', 'Light', 'Run', 'flat', 'differences', 'parameters_of', 'check_code',
            'RunFolder', 'last_stage', 'run_state', 'list_runs']
 
-# %% ../../nbs/workbook/91_runs.ipynb #a15600a3
+# %% ../../nbs/workbook/91_runs.ipynb #c3e7df97
 class RunError(ValueError):
     "A run folder is in the way, in use, or not what it should be; says what to do."
 
@@ -152,10 +152,14 @@ class Run:
         return update_manifest(self.path, **more)
 
 # %% ../../nbs/workbook/91_runs.ipynb #270a52e2
-def _flat(values: dict, above: str = '') -> dict:
+def flat(
+    values: dict,   # nested
+    above: str = '',
+) -> dict:          # 'loss.tail.weight' → value
+    "Parameters without nesting, named as `--set` names them."
     out = {}
     for k, v in values.items():
-        out.update(_flat(v, f'{above}{k}.') if isinstance(v, dict) and v else {above + str(k): v})
+        out.update(flat(v, f'{above}{k}.') if isinstance(v, dict) and v else {above + str(k): v})
     return out
 
 def differences(
@@ -163,7 +167,7 @@ def differences(
     new: dict,
 ) -> list[str]:     # 'lr: 0.1 → 0.2'
     "What differs between two sets of parameters."
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     show = lambda d, k: repr(d[k]) if k in d else '(absent)'
     return [f'{k}: {show(a, k)} → {show(b, k)}' for k in dict.fromkeys([*a, *b]) if k not in a or k not in b
             or a[k] != b[k]]
@@ -174,31 +178,36 @@ def parameters_of(
 ) -> dict:          # nested as in its YAML, without experiment and name
     "The parameters of a run; raises `OSError` or `ParamsError` where they cannot be read."
     file = Path(folder)/'params.yaml'
-    stored = read_yaml(file.read_text(encoding='utf-8'), str(file))
+    try: stored = read_yaml(file.read_text(encoding='utf-8'), str(file))
+    except UnicodeDecodeError as e: raise ParamsError(f'{file}: no text: {e}.') from None
     if not isinstance(stored, dict): raise ParamsError(f'{file}: expected `name: value` lines.')
     return {k: v for k, v in stored.items() if k not in ('experiment', 'name')}
 
+_AGAIN = 'Bring the file back, or remove {} (or use --force) to start over; then give the same command again.'
+
 def _same(folder: Path, params: Params, what: str) -> bool:
     "True if the folder holds a run with these parameters; else an error that names the differences."
-    values = parameters_of(folder)
+    try: values = parameters_of(folder)
+    except ParamsError as e: raise RunError(f'{e}\n{what.capitalize()} run cannot be recognized without it. '
+                                            f'{_AGAIN.format(folder)}') from None
     if params_hash(params.experiment, values) == params.hash: return True
     raise RunError('\n  '.join([f'{folder} holds {what} run with other parameters:',
                                 *differences(values, params.values)]) +
                    '\nKeep both with `--name other`, or start over with `--force`.')
 
 # %% ../../nbs/workbook/91_runs.ipynb #804df8f8
-_CODE = dict(notebook="the notebook's code", adflow='adflow', evaluator='the evaluator')
+def _check_whole(folder: Path, done: bool):
+    "Raises `RunError` if a run is not done where it should be, or cannot go on from its checkpoint."
+    broken = [] if done else list(broken_files(folder/'checkpoint'))
+    if done and read_json(folder/'manifest.json').get('state') != 'done':
+        broken = [f'{folder}/manifest.json cannot be read, or does not say that the run is done']
+    if broken: raise RunError('\n  '.join(['These files are broken:', *broken[:5]]) + '\n' + _AGAIN.format(folder))
 
-def code_hash(
-    notebook,      # path of an experiment notebook
-) -> str:
-    "Hash over its code cells."
-    code = [c['source'] for c in read_notebook(notebook) if c['cell_type'] == 'code']
-    return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
+_CODE = dict(adflow='adflow', evaluator='the evaluator', code='its notebook or what that imports of adflow')
 
 def check_code(
     folder,           # a partial run
-    present: dict,    # as in a manifest: `notebook` (its code's hash) and what `environment()` says
+    present: dict,    # as in a manifest: `code` (its version) and what `environment()` says
 ) -> list[str]:       # what else differs and deserves a warning
     "Raises `RunError` if the run was begun by other code."
     m, present = read_json(Path(folder)/'manifest.json'), dict(present, evaluator=EVALUATOR)
@@ -207,10 +216,8 @@ def check_code(
     if told:
         raise RunError('\n  '.join([f'{folder} was begun by other code:', *told]) +
                        '\nGoing on would mix the two. Start over with `--force`, or keep both with `--name other`.')
-    old, new = m.get('git') or {}, present.get('git') or {}
-    if not (old and new): return []
-    if old['commit'] != new['commit']: return [f"commit {old['commit'][:8]} → {new['commit'][:8]}"]
-    return [f"uncommitted changes on commit {new['commit'][:8]}"] if old.get('dirty') or new.get('dirty') else []
+    old, new = m.get('versions') or {}, present.get('versions') or {}
+    return [f'{k} {v} → {new[k]}' for k, v in old.items() if new.get(k, v) != v]
 
 # %% ../../nbs/workbook/91_runs.ipynb #e7e379f8
 class RunFolder:
@@ -266,13 +273,16 @@ class RunFolder:
         else:
             for folder, what in ((self.partial, 'an unfinished'), (self.final, 'a finished')):
                 if (folder/'params.yaml').is_file():
-                    if _same(folder, self.params, what): return 'done' if folder == self.final else 'resume'
+                    _same(folder, self.params, what)
+                    _check_whole(folder, done=folder == self.final)
+                    return 'done' if folder == self.final else 'resume'
                 elif folder.exists() and any(folder.iterdir()):
                     if folder == self.final:
                         raise RunError(f'{folder} is in the way: it is not a run. Move it, or use --name.')
                     shutil.rmtree(folder)  # killed before it wrote its parameters
         self.partial.mkdir(exist_ok=True)
         return 'new'
+
 
     def publish(self):
         "Gives the partial run its name; a former run of that name goes only when the new one is in place."

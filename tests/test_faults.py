@@ -1,0 +1,228 @@
+"""What can go wrong in a night, planted: each ends in a message that says what, where and what to do, nothing that was
+done is lost, and the same command goes on after the repair. Kills are in test_sweeps.py."""
+import contextlib
+import json
+import os
+import random
+import re
+import subprocess
+
+import nbformat
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_sweeps import Fake, expected, found, home, sweep_of  # noqa: F401  home: a fixture
+
+from adflow.continual.learner import Checkpoint
+from adflow.sweeps.execute import Local, execute
+from adflow.sweeps.plan import SweepError
+from adflow.workbook.files import broken_files
+from adflow.workbook.runs import RunError, RunFolder, read_json, update_manifest
+
+TRAINED = ['''
+lr: float = .1     # learning rate
+seed: int = 0      # none
+run_dir: str = ''  # set by the launcher
+''', '''
+import pandas as pd, torch
+from adflow.continual.learner import Trainer
+from adflow.workbook.runs import Run
+run = Run(run_dir)
+class Line(torch.nn.Module):
+    groups = {'a': 0}
+    def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(1))
+    def loss(self, x, group, **state): return (self.w * x).square().mean() ** 2, {}
+net, x, g = Line(), torch.ones(3), torch.Generator()
+trainer = Trainer(lr=lr, clip=0, progress=False)
+opt = torch.optim.SGD(net.parameters(), lr=lr)
+for step in range(9):
+    loss = trainer.step(net, opt, {'w': net.w}, x, 'a', f'task a, epoch 0, step {step}', generator=g)['loss']
+run.metrics(pd.DataFrame([dict(stage=0, task='a', routed=True, image_auroc=loss)]))
+''']
+STORED = ['''
+root: str = ''     # of the images
+cache: str = ''    # of the features
+seed: int = 0      # none
+run_dir: str = ''  # set by the launcher
+''', '''
+import pandas as pd
+from adflow.data.datasets import open_dataset
+from adflow.features.backbone import BACKBONES
+from adflow.features.store import extract
+from adflow.workbook.runs import Run
+run = Run(run_dir)
+images = open_dataset('folder', root, ['film'])
+features = extract(images, BACKBONES.build('tf_efficientnet_lite0', image_size=64), cache=cache, progress=False)
+run.metrics(pd.DataFrame([dict(stage=0, task='a', routed=True, image_auroc=float(features.batch(range(4)).mean()))]))
+''']
+
+
+def experiment(home, name, cells):  # noqa: F811
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in cells])
+    nb.cells[0].metadata['tags'] = ['parameters']
+    nbformat.write(nb, home / f'nbs/experiments/{name}.ipynb')
+    (home / f'params/{name}').mkdir()
+    (home / f'params/{name}/base.yaml').write_text('seed: 0\n')
+    return f'../{name}/base.yaml'
+
+def run_all(sweep, **more):
+    "Executes a sweep here; what it came to, and what it said."
+    said = []
+    return execute(sweep, Local(workers=1, gpus='none'), say=said.append, **more), '\n'.join(said)
+
+@contextlib.contextmanager
+def small_disk(place, megabytes):
+    "A file system of its own; skips where none may be mounted."
+    place.mkdir(parents=True)
+    made = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={megabytes}m', 'tmpfs', str(place)],
+                          capture_output=True)
+    if made.returncode: pytest.skip(f'no tmpfs can be mounted here: {made.stderr.decode().strip()}')
+    try: yield
+    finally: subprocess.run(['umount', '-l', str(place)], check=True)
+
+def fill(place, leave):
+    "Fills a disk but for some bytes."
+    free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+    (ballast := place / 'ballast').write_bytes(b'x' * max(free - leave, 0))
+    return ballast
+
+
+@pytest.mark.slow
+def test_a_full_disk(home):  # noqa: F811
+    "With room for the first of two runs only. What is done stays done, the other one goes on when there is room."
+    with small_disk(home / 'outputs', 8):
+        sweep = sweep_of(home, seeds=[0, 1])
+        out, _ = run_all(sweep, max_runs=1, min_free=0)
+        assert len(out.done) == 1 and found(sweep) == expected(sweep)[:1]
+        ballast = fill(home / 'outputs', leave=40_000)
+        out, said = run_all(sweep)                            # as it is by default: not even begun
+        assert out.stopped.endswith('make room, then give the same command again.') and 'starts' not in said
+        out, said = run_all(sweep, min_free=0, retries=0)
+        told = f'{out.stopped} {out.failed}'
+        assert 'No space left on device' in told or 'is full' in told, (told, said)
+        assert found(sweep) == expected(sweep)[:1] and len(out.done) == 1
+        ballast.unlink()
+        out, _ = run_all(sweep, min_free=0)
+        assert len(out.done) == 2 and not out.failed and found(sweep) == expected(sweep)
+
+def test_the_state_of_a_sweep_that_cannot_be_written_stops_no_run(home, monkeypatch):  # noqa: F811
+    sweep, said = sweep_of(home, seeds=[0, 1]), []
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('adflow.sweeps.execute.write_status', full)
+    out = execute(sweep, Fake(sweep, {}), say=said.append)
+    assert len(out.done) == 2 and sum('its runs go on' in s for s in said) == 1
+    sweep = sweep_of(home, name='t', seeds=[2, 3])
+    monkeypatch.setattr('adflow.sweeps.execute.write_file', full)        # now the runs cannot be begun either
+    out = execute(sweep, Fake(sweep, {}), say=said.append)
+    assert 'could not be started: [Errno 28]' in out.stopped and 'the same command again' in out.stopped
+    assert len(out.left) == 2
+    monkeypatch.undo()
+    assert len(execute(sweep, Fake(sweep, {}), say=said.append).done) == 2
+
+@pytest.mark.slow
+def test_a_run_that_diverges(home):  # noqa: F811
+    "A NaN loss is a failure of that run alone, and its line says where."
+    sweep = sweep_of(home, base=experiment(home, 'trained', TRAINED), grid={'lr': [1e30, .1]})
+    out, said = run_all(sweep)
+    assert [sweep.state(r) for r in sweep.runs] == ['failed', 'done']
+    (why, kept), = out.failed.values()
+    assert 'FloatingPointError: The loss became' in why and 'in task a, epoch 0, step' in why and kept.is_file()
+    assert said.count('FAILED') == 1
+    out, said = run_all(sweep)                                # told again, not tried again
+    assert list(out.failed.values()) == [(why, kept)] and 'starts' not in said and len(out.done) == 1
+
+def interrupted(sweep):
+    "The folder of the first run, as a kill after its second step leaves it."
+    run, partial = sweep.runs[0], sweep.partial(sweep.runs[0])
+    (partial / 'checkpoint').mkdir(parents=True)
+    (partial / 'params.yaml').write_text(run.params.yaml())
+    v = run.params.values
+    total = sum(v['x'] * random.Random(v['seed'] * 1000 + i).random() for i in range(2))
+    (partial / 'checkpoint/state.json').write_text(json.dumps({'step': 2, 'sum': total}))
+    update_manifest(partial, state='running', experiment='tiny', name=run.name, starts=['2026-01-01T00:00:00Z'])
+    return partial
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, torn, word', [
+    ('checkpoint/state.json', b'{"step": 2, "su', 'JSONDecodeError'), ('params.yaml', b'lr: {', 'not readable as YAML'),
+    ('params.yaml', b'\xff\xfe', 'no text'), ('params.yaml', b'', 'expected `name: value` lines')])
+def test_a_corrupt_file_of_an_unfinished_run(home, name, torn, word):  # noqa: F811
+    "Refused by name before a kernel starts, and left alone. Brought back, the run goes on from its checkpoint."
+    sweep = sweep_of(home, seeds=[0])
+    partial = interrupted(sweep)
+    file, whole = partial / name, (partial / name).read_bytes()
+    file.write_bytes(torn)
+    out, said = run_all(sweep)
+    (why, log), = out.failed.values()
+    assert word in why and str(file) in why and f'remove {partial}' in why and 'same command again' in why, why
+    assert said.count('FAILED') == 1 and log.suffix == '.log' and file.read_bytes() == torn
+    assert sweep.state(sweep.runs[0]) == 'killed'             # so the next call tries again
+    if name == 'params.yaml': return
+    file.write_bytes(whole)
+    out, _ = run_all(sweep)
+    assert len(out.done) == 1 and found(sweep) == expected(sweep)
+    assert len(read_json(sweep.final(sweep.runs[0]) / 'manifest.json')['starts']) == 2
+
+def test_a_corrupt_base_file(home):  # noqa: F811
+    "Said with its line before anything runs."
+    base = home / 'params/tiny/base.yaml'
+    for text, word in ((b'steps: [', 'base.yaml:1: not readable as YAML'), (b'- 1', 'expected `name: value` lines'),
+                       (b'stepps: 2', 'base.yaml:1: there is no parameter'),
+                       (b'\xff\xfe', 'base.yaml: cannot be read')):
+        base.write_bytes(text)
+        with pytest.raises(SweepError, match=re.escape(word)): sweep_of(home, seeds=[0])
+
+@pytest.mark.parametrize('state', ['whole', 'torn', 'gone'])
+def test_a_finished_run_whose_manifest_is_torn(home, state):  # noqa: F811
+    "It is not taken for done, nor overwritten."
+    sweep = sweep_of(home, seeds=[0])
+    partial, run = interrupted(sweep), sweep.runs[0]
+    update_manifest(partial, state='done')
+    with RunFolder(sweep.outputs, run.params): pass           # publishes
+    manifest = sweep.final(run) / 'manifest.json'
+    if state == 'torn': manifest.write_bytes(manifest.read_bytes()[:-9])
+    if state == 'gone': manifest.unlink()
+    assert sweep.state(run) == ('done' if state == 'whole' else 'new')
+    with RunFolder(sweep.outputs, run.params) as folder:
+        if state == 'whole': assert folder.open() == 'done'
+        else:
+            with pytest.raises(RunError, match='manifest.json cannot be read.*\n.*remove'): folder.open()
+
+@pytest.mark.parametrize('lost', [1, 9, 400])
+def test_a_real_checkpoint_that_is_cut(tmp_path, lost):
+    "Of the learner, in its current state; what a kill left of the next one does not count."
+    class Part:
+        def save(self, folder):
+            folder.mkdir(parents=True)
+            save_file({'w': torch.arange(100.)}, folder / 'part.safetensors')
+    for _ in range(2): Checkpoint(tmp_path).write(Part(), Part(), {'task': 1}, {'m': torch.ones(99)}, {})
+    (tmp_path / 'state-2').mkdir()
+    (tmp_path / 'state-2/state.json').write_text('{"ta')
+    assert list(broken_files(tmp_path)) == []
+    files = [f for f in (tmp_path / 'state-1').rglob('*') if f.is_file()]
+    assert len(files) == 5
+    for f in files:
+        whole = f.read_bytes()
+        f.write_bytes(whole[:-lost] if lost < len(whole) else b'')
+        told, = broken_files(tmp_path)
+        assert told.startswith(f'{f} (')
+        f.write_bytes(whole)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', ['cut', 'bits', 'manifest'])
+def test_a_corrupt_feature_store(home, fault):  # noqa: F811
+    "Detected by the next run that opens it, told in its log, made again: the same numbers."
+    from adflow.data.synthetic import write_embedded
+    root = write_embedded(home / 'data', 0, ['film'], train=4, validation=0, good=1, defects=1, size=64)
+    base = experiment(home, 'stored', STORED)
+    sweep = sweep_of(home, base=base, sets=dict(root=str(root), cache=str(home / 'cache')), seeds=[0, 1])
+    assert len(run_all(sweep, max_runs=1)[0].done) == 1
+    store, = [p for p in (home / 'cache/features').iterdir() if p.is_dir()]
+    file = store / ('manifest.json' if fault == 'manifest' else 'train.npy')
+    raw = bytearray(file.read_bytes())
+    if fault == 'bits': raw[-9] ^= 255
+    file.write_bytes(raw if fault == 'bits' else raw[:-9])
+    out, _ = run_all(sweep)
+    assert len(out.done) == 2 and len(set(found(sweep))) == 1
+    log = (sweep.folder / 'logs' / f'{sweep.runs[1].name}.log').read_text()
+    assert file.name in log and str(store) in log, log

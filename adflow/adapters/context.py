@@ -29,27 +29,31 @@ class NoContext(nn.Identity):
 # %% ../../nbs/adapters/22_context.ipynb #223b4db0
 class Reflect(torch.autograd.Function):
     "Mirrors `p` patches of (B, H, W, D) at every border. torch's own gradient is not deterministic on GPUs."
+    generate_vmap_rule = True            # tasks at once: `continual/681_parallel`
     @staticmethod
-    def forward(ctx, x, p):
-        ctx.p = p
+    def forward(x, p):
         for d in (1, 2):
             before, after = x.narrow(d, 1, p).flip(d), x.narrow(d, x.shape[d] - 1 - p, p).flip(d)
             x = torch.cat([before, x, after], d)
         return x
     @staticmethod
+    def setup_context(ctx, inputs, output): ctx.p = inputs[1]
+    @staticmethod
     def backward(ctx, grad): return Unreflect.apply(grad, ctx.p), None
 
 class Unreflect(torch.autograd.Function):
     "The adjoint of `Reflect`: what was mirrored is added where it came from."
+    generate_vmap_rule = True
     @staticmethod
-    def forward(ctx, g, p):
-        ctx.p = p
+    def forward(g, p):
         for d in (2, 1):
             n, whole = g.shape[d] - 2 * p, g
             g = whole.narrow(d, p, n).clone()
             g.narrow(d, 1, p).add_(whole.narrow(d, 0, p).flip(d))
             g.narrow(d, n - 1 - p, p).add_(whole.narrow(d, p + n, p).flip(d))
         return g
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.p = inputs[1]
     @staticmethod
     def backward(ctx, grad): return Reflect.apply(grad, ctx.p), None
 

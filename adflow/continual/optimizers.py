@@ -8,16 +8,73 @@ import math
 
 import timm.optim
 import torch
+import torch.nn.functional as F
 
 from ..parts import PartError, Registry
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULES', 'StableAdamW', 'EpochCosine', 'Cosine', 'Constant']
+__all__ = ['OPTIMIZERS', 'SCHEDULES', 'for_device', 'AdamP', 'StableAdamW', 'EpochCosine', 'Cosine', 'Constant']
 
 # %% ../../nbs/continual/62_optimizers.ipynb #04043020
 OPTIMIZERS = Registry('optimizer', "timm's and torch's optimizers", context=('params', 'lr'))
-for _name in ('sgd', 'adam', 'adamw', 'adamp', 'nadamw', 'radam', 'lion'):
+for _name in ('sgd', 'adam', 'adamw', 'nadamw', 'radam', 'lion'):
     OPTIMIZERS.register(_name)(timm.optim.get_optimizer_class(_name, bind_defaults=False))
+
+def for_device(
+    spec,                         # as in YAML
+    device,                       # of the parameters
+) -> dict:                        # the spec as a dict
+    "On a GPU, an optimizer in the form that takes the fewest kernels, fused or foreach, where it knows one."
+    name, args = OPTIMIZERS.check(spec)
+    form = next((k for k in ('fused', 'foreach') if k in OPTIMIZERS.arguments(name)), None)
+    if torch.device(device).type == 'cuda' and form and not args.keys() & {'fused', 'foreach'}: args[form] = True
+    return {'name': name, **args}
+
+# %% ../../nbs/continual/62_optimizers.ipynb #6774346c
+@OPTIMIZERS.register('adamp')
+class AdamP(timm.optim.AdamP):
+    "timm's AdamP; on a GPU all tensors of one shape take their step together, and the host waits for none of them."
+    together = None                   # whether; None: unless on a CPU
+    @torch.no_grad()
+    def step(self, closure=None):
+        "One step."
+        groups = [(g, [p for p in g['params'] if p.grad is not None]) for g in self.param_groups]
+        device = next((p.device.type for _, ps in groups for p in ps), 'cpu')
+        together = device != 'cpu' if self.together is None else self.together
+        if not together or any(g.get('caution') for g, _ in groups): return super().step(closure)
+        loss, packs = None, {}
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
+        for group, ps in groups:
+            for p in ps:
+                state = self.state[p]
+                if not state: state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state['step'] += 1
+                same = {k: v for k, v in group.items() if k in self.defaults and k not in ('lr', 'caution')}
+                packs.setdefault((p.shape, p.dtype, p.device, *same.items()), (same, []))[1].append((p, group['lr']))
+        for same, items in packs.values(): self._step(*zip(*items), **same)
+        return loss
+
+    def _step(self, ps, lrs, betas, eps, weight_decay, delta, wd_ratio, nesterov):
+        (b1, b2), states, grads, n = betas, [self.state[p] for p in ps], [p.grad for p in ps], len(ps)
+        means, squares = ([s[k] for s in states] for k in ('exp_avg', 'exp_avg_sq'))
+        torch._foreach_mul_(means, b1); torch._foreach_add_(means, grads, alpha=1 - b1)
+        torch._foreach_mul_(squares, b2); torch._foreach_addcmul_(squares, grads, grads, value=1 - b2)
+        p, g, m, v = (torch.stack(list(t)) for t in (ps, grads, means, squares))
+        numbers = [[math.sqrt(1 - b2 ** s['step']), lr / (1 - b1 ** s['step']), lr * weight_decay]
+                   for s, lr in zip(states, lrs)]
+        numbers = torch.tensor(numbers, dtype=torch.float64).T.to(p.dtype).to(p.device, non_blocking=True)
+        root, size, decay = numbers.reshape(3, n, *[1] * (p.ndim - 1))
+        perturb = (b1 * m + (1 - b1) * g if nesterov else m) / (v.sqrt() / root + eps)
+        turned = torch.zeros_like(root, dtype=torch.bool)
+        for rows in (p.shape[1], 1) if p.ndim > 2 else ():       # channel by channel, else the whole tensor, as timm
+            pv, gv, x = (t.reshape(n, rows, -1) for t in (p, g, perturb))
+            small = F.cosine_similarity(gv, pv, dim=2, eps=eps).abs().amax(1) < delta / math.sqrt(pv.shape[2])
+            take, unit = small.view_as(root) & ~turned, pv / (pv.norm(dim=2, keepdim=True) + eps)
+            perturb = torch.where(take, (x - unit * (unit * x).sum(2, keepdim=True)).view_as(p), perturb)
+            turned = turned | take
+        p = p * (1 - torch.where(turned, decay * wd_ratio, decay)) - size * perturb
+        torch._foreach_copy_(list(ps), list(p.unbind()))
 
 # %% ../../nbs/continual/62_optimizers.ipynb #2ff6cf7e
 @OPTIMIZERS.register('stable_adamw')

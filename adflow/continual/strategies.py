@@ -16,6 +16,7 @@ STRATEGIES = Registry('strategy', 'what protects old tasks while a new one is le
 class Strategy:
     "What a task may change, and what protects the tasks before it. The hooks do nothing unless overridden."
     keeps_before = False      # whether `stepped` is called
+    independent = False       # whether a task after the first learns alone: nothing that another task sees or leaves
 
     def rate(self, epoch: int) -> float:
         "Learning rate of an epoch as a share of its peak; the trainer puts its schedule here."
@@ -75,6 +76,7 @@ class Strategy:
 @STRATEGIES.register('freeze')
 class Freeze(Strategy):
     "Complete separation: shared weights learn on the first task only; no forgetting as long as routing is right."
+    independent = True
 
 @STRATEGIES.register('finetune')
 class Finetune(Strategy):
@@ -116,6 +118,7 @@ class SlowFast(Strategy):
 @STRATEGIES.register('separate')
 class Separate(Strategy):
     "Every group owns a whole flow; nothing is shared, nothing is forgotten, nothing is gained."
+    independent = True
     def prepare(self, detector):
         if not hasattr(detector, 'make_separate'):
             raise PartError(f"strategy 'separate': {type(detector).__name__} has no make_separate.")

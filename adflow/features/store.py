@@ -70,7 +70,7 @@ class FeatureSet:
         at = self.at[np.asarray(rows)]
         if len(self.parts) == 1 and torch.is_tensor(self.parts[0][name]):
             x = self.parts[0][name]
-            return x.index_select(0, torch.from_numpy(at[:, 1]).to(x.device))
+            return x.index_select(0, torch.from_numpy(at[:, 1]).to(x.device, non_blocking=True))
         out = np.empty((len(at), *self.parts[0][name].shape[1:]), self.parts[0][name].dtype)
         for p in np.unique(at[:, 0]):
             mine = np.flatnonzero(at[:, 0] == p)

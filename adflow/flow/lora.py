@@ -28,25 +28,31 @@ def merge(
 
 class MergedLinear(torch.autograd.Function):
     "`(W + s B A) x + bias` for a frozen W: the gradients of A and B go through the rank, not through the full weight."
+    generate_vmap_rule = True            # tasks at once: `continual/681_parallel`
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scale, ctx.bias_dtype = scale, bias.dtype
+    def forward(x, weight, bias, a, b, scale):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, merge(weight, a, b, scale).to(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, a, b, ctx.scale = inputs
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.bias_dtype = bias.dtype
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, a, b = ctx.saved_tensors
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        need_x, _, need_bias, need_a, need_b, _ = ctx.needs_input_grad
-        dx = dbias = da = db = None
+        need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+        dx = dweight = dbias = da = db = None
         with torch.autocast(x.device.type, enabled=False):
             if need_x: dx = (g @ merge(weight, a, b, ctx.scale).to(x.dtype)).view(x.shape)
+            if need_weight: dweight = (g.t() @ rows).to(weight.dtype)      # only where each task owns W, tasks at once
             if need_bias: dbias = g.sum(0, dtype=ctx.bias_dtype)
             if need_a: da = (ctx.scale * (g @ b.to(x.dtype)).t() @ rows).to(a.dtype)
             if need_b: db = (ctx.scale * g.t() @ (rows @ a.to(x.dtype).t())).to(b.dtype)
-        return dx, None, dbias, da, db, None
+        return dx, dweight, dbias, da, db, None
 
 # %% ../../nbs/flow/40_lora.ipynb #b32f1652
 def linear_start(

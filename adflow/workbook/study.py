@@ -13,9 +13,12 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..continual.learner import Learner, Trainer
+from ..continual import batched  # noqa: F401  registers its part
+from ..continual.learner import Learner
+from ..continual.parallel import PARALLEL
 from ..continual.routing import ROUTERS
 from ..continual.tasks import make_tasks
+from ..continual.trainer import Trainer
 from ..data.datasets import open_dataset
 from ..evaluate.stages import StageEvaluator
 from ..features.changes import change_images
@@ -29,14 +32,15 @@ from ..parts import DETECTORS, PartError, nearest
 from .params import load
 
 # %% auto #0
-__all__ = ['REQUIRED', 'NAMES', 'MAKERS', 'Study', 'run_saved']
+__all__ = ['REQUIRED', 'OPTIONAL', 'NAMES', 'MAKERS', 'Study', 'run_saved']
 
 # %% ../../nbs/workbook/94_study.ipynb #000d60e7
 REQUIRED = ['dataset', 'data_root', 'classes', 'on_bad', 'validation', 'image_size', 'crop', 'interpolation',
             'backbone', 'resolution', 'feature_dtype', 'pseudo', 'scenario', 'order', 'detector',
             'strategy', 'optimizer', 'lr', 'epochs', 'steps', 'batch_size', 'schedule', 'clip',
             'precision', 'router', 'aggregate', 'smoothing', 'seed', 'device', 'checkpoint_seconds']
-NAMES = REQUIRED + sorted({k for name in DETECTORS for k in DETECTORS.arguments(name)})
+OPTIONAL = {'parallel': 'none', 'compile': False}            # and what they are if an experiment does not name them
+NAMES = REQUIRED + [*OPTIONAL] + sorted({k for name in DETECTORS for k in DETECTORS.arguments(name)})
 
 MAKERS = {'defects': make_defects, 'faults': make_faults}    # `make` in `pseudo`
 
@@ -51,7 +55,7 @@ class Study:
         self.checkpoint, self.progress = checkpoint, progress
         if missing := [k for k in REQUIRED if k not in parameters]:
             raise PartError(f"these parameters are missing: {', '.join(missing)}.")
-        self.p = SimpleNamespace(**{k: parameters[k] for k in NAMES if k in parameters})
+        self.p = SimpleNamespace(**OPTIONAL | {k: parameters[k] for k in NAMES if k in parameters})
         device = self.p.device
         self.device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
         size = self.p.image_size
@@ -93,9 +97,9 @@ class Study:
     def learner(self):
         p = self.p
         trainer = Trainer(p.epochs, p.batch_size, p.lr, p.optimizer, p.schedule, p.clip, p.strategy, p.seed,
-                          p.precision, p.steps, p.checkpoint_seconds, self.progress)
+                          p.precision, p.steps, p.checkpoint_seconds, self.progress, p.compile)
         return Learner(self.detector, ROUTERS.build(p.router), trainer, self.features, self.checkpoint, self.device,
-                       self.defects)
+                       self.defects, PARALLEL.build(p.parallel))
 
     @cached_property
     def evaluator(self):

@@ -237,13 +237,13 @@ def survive(call, outputs, sweep, kills, seed=0, limit=900, env=ENV, checkpoint=
             if pause > 0 or (len(done) % 2 and not list(outputs.glob(f'*/.*.partial/checkpoint/{checkpoint}'))):
                 continue
             pause = rng.uniform(2, 6)
-            victims = [psutil.Process(p.pid), *children_of(p.pid)]
-            victim = victims[0] if len(done) % 4 == 1 else rng.choice(victims)
+            wanted = ('kernel', 'sweep', 'launcher', 'child')[len(done) % 4]     # all in turn, which of them by chance
             try:
-                kind = kind_of(victim)
-                victim.send_signal(signal.SIGKILL)
+                victims = [v for v in (psutil.Process(p.pid), *children_of(p.pid)) if kind_of(v) == wanted]
+                if victims: rng.choice(victims).send_signal(signal.SIGKILL)
             except psutil.NoSuchProcess: continue
-            done.append(kind)
+            if not victims: pause = .5
+            else: done.append(wanted)
         if p.returncode == 0: return done
         assert p.returncode in (-9, 1), p.returncode     # the launcher was killed: the same command again
 

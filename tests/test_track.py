@@ -72,11 +72,11 @@ def start(home, *sets, name='quick', look=.5):
     return subprocess.Popen([sys.executable, '-c', call], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True)
 
-def until(what, seconds=60):
+def until(what, seconds=150):
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, 'waited in vain'
-        time.sleep(.1)
+        time.sleep(1)
     return found
 
 def runs_of(home, experiment='tiny'):

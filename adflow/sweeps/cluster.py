@@ -40,7 +40,6 @@ def connect(
     try: import ray
     except ImportError: raise SweepError("executor ray: pip install 'adflow[ray]' first.") from None
     if ray.is_initialized(): return ray
-    os.environ.setdefault('RAY_raylet_start_wait_time_s', '180')        # a busy machine takes longer than 30 s
     try: ray.init(address=address, log_to_driver=False)
     except ConnectionError as e:
         raise SweepError(f'executor ray: no cluster at {address!r} ({e}). Start one with `ray start --head`, '

@@ -56,10 +56,11 @@ def test_set_without_a_file_says_so(capsys):
 def test_every_package_that_is_imported_is_declared():
     text = (ROOT / 'pyproject.toml').read_text()
     declared = {re.match(r'[A-Za-z0-9_.-]+', d)[0].lower().replace('_', '-')
-                for part in re.findall(r'^(?:dependencies|dev|anomalib|onnx|ray|umap) = \[(.*?)\]$', text, re.S | re.M)
+                for part in re.findall(r'^(?:dependencies|dev|anomalib|figures|onnx|ray|track|umap) = \[(.*?)\]$', text,
+                                       re.S | re.M)
                 for d in re.findall(r'"([^"]+)"', part)}
     other = {'sklearn': 'scikit-learn', 'skimage': 'scikit-image', 'PIL': 'pillow', 'yaml': 'pyyaml',
-             'umap': 'umap-learn'}
+             'umap': 'umap-learn', 'mlflow': 'mlflow-skinny'}
     found = set()
     for file in (ROOT / 'adflow').rglob('*.py'):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -165,6 +165,7 @@ def test_what_a_loss_writes_is_not_lost_silently(monkeypatch):
     with pytest.raises(PartError, match=r'position.tasks.\*.count changes while the loss is computed'):
         next(made.stages(TASKS))
 
+@pytest.mark.slow
 # --------------------------------------------------------------------------------------------------------- elsewhere
 @pytest.mark.parametrize('parallel', [{'name': 'processes', 'workers': 2}, 'ray'], ids=['processes', 'ray'])
 def test_elsewhere_is_the_same_to_the_bit(parallel, tmp_path, monkeypatch):
@@ -199,6 +200,7 @@ def test_ray_that_is_not_there(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'ray', None)
     with pytest.raises(PartError, match=r"pip install 'adflow\[ray\]'"): PARALLEL.build('ray')
 
+@pytest.mark.slow
 def test_what_fails_elsewhere_says_what_it_said_there():
     made = learner({'name': 'processes', 'workers': 1}, trainer={'lr': 1e30, 'clip': 0})
     going = made.stages(TASKS)

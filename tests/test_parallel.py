@@ -165,8 +165,8 @@ def test_what_a_loss_writes_is_not_lost_silently(monkeypatch):
     with pytest.raises(PartError, match=r'position.tasks.\*.count changes while the loss is computed'):
         next(made.stages(TASKS))
 
-@pytest.mark.slow
 # --------------------------------------------------------------------------------------------------------- elsewhere
+@pytest.mark.slow
 @pytest.mark.parametrize('parallel', [{'name': 'processes', 'workers': 2}, 'ray'], ids=['processes', 'ray'])
 def test_elsewhere_is_the_same_to_the_bit(parallel, tmp_path, monkeypatch):
     "Adapters per class and whitening from data; one of the tasks is there already, after a kill."

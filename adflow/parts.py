@@ -149,15 +149,15 @@ class Detector(nn.Module):
         "The group that scores images of a class which was learned in a task."
         raise TypeError(f'{type(self).__name__} must define group_of')
 
-    def new_groups(self, task, features):
-        "Makes a slot for each group of the task that has none, puts it in use, and yields the group and its normals."
+    def new_groups(self, task, features=None):
+        "Makes a slot for each group of the task that has none, puts it in use; yields the group and its normals."
         groups = {}
         for c in task.classes: groups.setdefault(self.group_of(task.name, c), []).append(c)
         for g, classes in groups.items():
             if g in self.groups: continue
             self.groups[g] = add_task(self, self.seed)
             use_task(self, self.groups[g])
-            yield g, features.where(**{'class': classes})
+            yield g, features if features is None else features.where(**{'class': classes})
 
     def save(self, folder):
         "Writes `detector.json` (its name, `settings` and `groups`) and `detector.safetensors`."
@@ -175,7 +175,13 @@ class Detector(nn.Module):
             raise PartError(f'{folder} holds no detector.json' + ('' if not run else
                             ', it is a run: adflow.predict.score.load takes it, and the result takes images.'))
         meta = json.loads(file.read_text())
-        detector = (DETECTORS[meta['detector']] if cls is Detector else cls)(**meta['settings'])
-        detector.groups = {g: add_task(detector, detector.seed) for g in meta['groups']}
-        load_weights(detector, load_file(Path(folder)/'detector.safetensors'))
-        return detector.to(device)
+        kind = DETECTORS[meta['detector']] if cls is Detector else cls
+        return kind.rebuild(meta['settings'], meta['groups'], load_file(Path(folder)/'detector.safetensors')).to(device)
+
+    @classmethod
+    def rebuild(cls, settings: dict, groups: list, tensors: dict):
+        "A detector from what it was made with, the groups that have a slot, and a complete state dict."
+        detector = cls(**settings)
+        detector.groups = {g: add_task(detector, detector.seed) for g in groups}
+        load_weights(detector, tensors)
+        return detector

@@ -7,11 +7,11 @@ import random
 import re
 import subprocess
 
-import nbformat
 import pytest
 import torch
 from safetensors.torch import save_file
 from test_sweeps import Fake, expected, found, home, sweep_of  # noqa: F401  home: a fixture
+from tiny import write_experiment
 
 from adflow.continual.learner import Checkpoint
 from adflow.sweeps.execute import Local, execute
@@ -57,11 +57,7 @@ run.metrics(pd.DataFrame([dict(stage=0, task='a', routed=True, image_auroc=float
 
 
 def experiment(home, name, cells):  # noqa: F811
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in cells])
-    nb.cells[0].metadata['tags'] = ['parameters']
-    nbformat.write(nb, home / f'nbs/experiments/{name}.ipynb')
-    (home / f'params/{name}').mkdir()
-    (home / f'params/{name}/base.yaml').write_text('seed: 0\n')
+    write_experiment(home, cells, 'seed: 0\n', name=name)
     return f'../{name}/base.yaml'
 
 def run_all(sweep, **more):

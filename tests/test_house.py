@@ -11,7 +11,8 @@ import pytest
 from adflow.workbook.params import ParamsError, load, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP = {'00_registry': 'registry', '005_parts': 'parts', '99_cli': 'cli'}    # notebooks outside a room
+TOP = {'00_registry': 'registry', '005_parts': 'parts', '007_cluster': 'cluster',
+       '99_cli': 'cli'}    # notebooks outside a room
 LOOSE = {'experiments', 'explore', 'bench'}     # folders whose notebooks export nothing
 
 

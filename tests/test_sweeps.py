@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import psutil
 import pytest
+from tiny import write_experiment
 
 from adflow.sweeps import plan
 from adflow.sweeps.execute import Local, execute, result_table, state_table
@@ -47,12 +47,7 @@ run.metrics(pd.DataFrame([dict(stage=0, task='a', routed=True, image_auroc=state
 @pytest.fixture
 def home(tmp_path):
     "A folder with a small experiment and its base file."
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS])
-    nb.cells[0].metadata['tags'] = ['parameters']
-    for d in ('nbs/experiments', 'params/tiny', 'params/sweeps'): (tmp_path / d).mkdir(parents=True)
-    nbformat.write(nb, tmp_path / 'nbs/experiments/tiny.ipynb')
-    (tmp_path / 'params/tiny/base.yaml').write_text('steps: 3\n')
-    return tmp_path
+    return write_experiment(tmp_path, CELLS, 'steps: 3\n')
 
 def sweep_of(home, outputs='outputs', name='s', **spec):
     file = home / f'params/sweeps/{name}.yaml'

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from tiny import write_experiment
 
 from adflow.cli import main
 from adflow.parts import PartError
@@ -55,13 +56,7 @@ def tensorboard():
     return EventAccumulator
 
 @pytest.fixture
-def home(tmp_path):
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS])
-    nb.cells[0].metadata['tags'] = ['parameters']
-    for d in ('nbs/experiments', 'params/tiny', 'params/sweeps'): (tmp_path / d).mkdir(parents=True)
-    nbformat.write(nb, tmp_path / 'nbs/experiments/tiny.ipynb')
-    (tmp_path / 'params/tiny/quick.yaml').write_text('epochs: 4\n')
-    return tmp_path
+def home(tmp_path): return write_experiment(tmp_path, CELLS, 'epochs: 4\n', 'quick')
 
 def start(home, *sets, name='quick', look=.5):
     "The launcher, as a process of its own, with an impatient tracker."

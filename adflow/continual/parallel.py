@@ -6,6 +6,7 @@
 from __future__ import annotations
 import copy, hashlib, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from .learner import on_device
 from .trainer import Course
-from ..parts import PartError, Registry, add_task, load_weights, slot_of
+from ..cluster import connect
+from ..parts import PartError, Registry, slot_of
 
 # %% auto #0
-__all__ = ['PARALLEL', 'own_tensors', 'shared_tensors', 'changed', 'Kept', 'with_fit', 'learn_until', 'reserve', 'Parallel',
-           'given', 'OneByOne', 'numerics', 'packed', 'unpacked', 'train_alone', 'Elsewhere', 'Processes', 'RayTasks']
+__all__ = ['PARALLEL', 'own_tensors', 'shared_tensors', 'changed', 'Kept', 'with_fit', 'learn_until', 'Parallel', 'given',
+           'OneByOne', 'numerics', 'packed', 'train_alone', 'Elsewhere', 'Processes', 'RayTasks']
 
 # %% ../../nbs/continual/681_parallel.ipynb #83afde8a
 PARALLEL = Registry('parallel', 'how the tasks after the first are trained: one after the other, or at once')
@@ -89,11 +91,7 @@ def learn_until(detector, task, features, trainer):
     raise PartError(f'parallel: {type(detector).__name__} learns without gradient steps, so there is nothing to train '
                     'ahead; use parallel: none.')
 
-def reserve(detector, task):
-    "Slots for a task that is trained elsewhere."
-    for c in task.classes:
-        if (g := detector.group_of(task.name, c)) not in detector.groups:
-            detector.groups[g] = add_task(detector, detector.seed)
+
 
 # %% ../../nbs/continual/681_parallel.ipynb #4394babb
 class Parallel:
@@ -192,17 +190,10 @@ def numerics() -> dict:
     return dict(threads=torch.get_num_threads(), deterministic=torch.are_deterministic_algorithms_enabled(),
                 matmul=torch.get_float32_matmul_precision(), tf32=torch.backends.cudnn.allow_tf32)
 
-def packed(detector) -> tuple:
-    "What a detector is rebuilt from, as `Detector.load` does: its class, settings, groups, and tensors as safetensors."
+def packed(detector) -> tuple:    # class, settings, groups, tensors as safetensors
+    "What `Detector.rebuild` makes it again from."
     tensors = {k: v.detach().contiguous().cpu() for k, v in detector.state_dict().items()}
     return type(detector), detector.settings, list(detector.groups), save(tensors)
-
-def unpacked(kind, settings, groups, tensors):
-    "The detector again."
-    detector = kind(**settings)
-    detector.groups = {g: add_task(detector, detector.seed) for g in groups}
-    load_weights(detector, load(tensors))
-    return detector
 
 def train_alone(
     detector: tuple,              # as the first task left it, `packed`
@@ -216,8 +207,9 @@ def train_alone(
     torch.use_deterministic_algorithms(how['deterministic'])
     torch.set_float32_matmul_precision(how['matmul'])
     torch.backends.cudnn.allow_tf32 = how['tf32']
-    detector = unpacked(*detector).to(device)
-    for t in before: reserve(detector, t)
+    kind, settings, groups, tensors = detector
+    detector = kind.rebuild(settings, groups, load(tensors)).to(device)
+    for t in before: list(detector.new_groups(t))
     shared = shared_tensors(detector)
     learn_until(detector, task, on_device(part, device), with_fit(trainer, trainer.fit))
     if moved := changed(shared, detector):
@@ -300,17 +292,14 @@ class RayTasks(Elsewhere):
         cpus: float = 1.,         # of each task
         gpus: float | str = 'auto', # of each task; auto: 1 if the device is a GPU
     ):
-        try: import ray
-        except ImportError: raise PartError("parallel: ray: pip install 'adflow[ray]' first.") from None
-        self.ray, self.address, self.cpus, self.gpus = ray, address, cpus, gpus
+        if find_spec('ray') is None: raise PartError("parallel: ray: pip install 'adflow[ray]' first.")
+        self.address, self.cpus, self.gpus = address, cpus, gpus
 
     def train(self, learner, tasks, parts):
-        ray, mine = self.ray, not self.ray.is_initialized()
+        import ray
+        mine = not ray.is_initialized()
         gpus = float(str(learner.device).startswith('cuda')) if self.gpus == 'auto' else float(self.gpus)
-        if mine:
-            try: ray.init(address=self.address, log_to_driver=False)
-            except ConnectionError as e: self.refuse(f'no cluster at {self.address!r} ({e}). Start one with `ray start '
-                                                     '--head`, or use address: local.')
+        connect(self.address)
         running = {}
         try:
             there = ray.cluster_resources()

@@ -8,9 +8,9 @@ import json, logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..cluster import connect
 from .files import score_some
 from .score import load
-from ..sweeps.cluster import connect
 
 # %% auto #0
 __all__ = ['Worker', 'OnRay']

@@ -7,11 +7,12 @@ from __future__ import annotations
 import os, subprocess, sys
 from pathlib import Path
 
+from ..cluster import connect
 from .execute import EXECUTORS
 from .plan import SweepError
 
 # %% auto #0
-__all__ = ['run_command', 'connect', 'Ray']
+__all__ = ['run_command', 'Ray']
 
 # %% ../../nbs/sweeps/963_cluster.ipynb #d1e89f59
 def run_command(
@@ -33,19 +34,6 @@ def run_command(
             if process.poll() is None: process.terminate()
 
 # %% ../../nbs/sweeps/963_cluster.ipynb #7b4f752a
-def connect(
-    address: str,                # of a cluster; auto: the one of this machine; local: one for this process
-):                               # the module `ray`
-    "Joins a cluster, unless this process is in one."
-    try: import ray
-    except ImportError: raise SweepError("executor ray: pip install 'adflow[ray]' first.") from None
-    if ray.is_initialized(): return ray
-    try: ray.init(address=address, log_to_driver=False)
-    except ConnectionError as e:
-        raise SweepError(f'executor ray: no cluster at {address!r} ({e}). Start one with `ray start --head`, '
-                         'or give --address.') from None
-    return ray
-
 @EXECUTORS.register('ray')
 class Ray:
     "A Ray cluster: a task per run."

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/workbook/91_runs.ipynb #093b7e53
 from __future__ import annotations
-import fcntl, importlib.metadata, io, json, os, platform, shutil, socket, subprocess, tempfile, time
+import fcntl, importlib.metadata, io, json, os, platform, shutil, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import pandas as pd
@@ -45,14 +45,9 @@ def _cpu() -> str:
     except OSError: return platform.processor() or platform.machine()
     return next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.machine())
 
-def _gpus() -> list[str]:
-    "Names of the GPUs that this process may use. torch knows them, but takes seconds to import."
-    if not shutil.which('nvidia-smi'): return []
-    import torch
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
 def environment() -> dict:
-    "Versions, git commit and hardware, as they go into the manifest."
+    "Versions, git commit and hardware, for the manifest; threads and GPUs as torch says, where it is loaded."
+    torch = sys.modules.get('torch')        # a launcher that checks parts has it; where no part is, nobody waits
     versions = {}
     for name in _VERSIONS:
         try: versions[name] = importlib.metadata.version(name)
@@ -63,7 +58,8 @@ def environment() -> dict:
         adflow=__version__, git=dict(commit=commit,
                                      dirty=bool(status)) if commit else None, python=platform.python_version(),
         versions=versions, hardware=dict(host=socket.gethostname(), system=platform.platform(), cpu=_cpu(), cores=cores,
-        threads=int(os.environ.get('OMP_NUM_THREADS', cores)), gpus=_gpus(),
+        threads=torch and torch.get_num_threads(),
+        gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1)))
 
 # %% ../../nbs/workbook/91_runs.ipynb #2c15869b

@@ -413,3 +413,18 @@ def test_mantel():
     assert similarity.mantel(d, holes, draws=49)['n'] == 41 and similarity.mantel(holes, d, draws=49)['n'] == 41
     ps = [similarity.mantel(rng(i).random((5, 5)), d[:5, :5])['p'] for i in range(40)]
     assert .35 < np.mean(ps) < .65
+
+
+@pytest.mark.slow
+def test_the_real_umap_keeps_clusters_apart_and_is_the_same_twice():
+    "The notebook of the latent view has a stand-in; this is the package, where it is installed (extra `umap`)."
+    pytest.importorskip('umap')
+    from sklearn.neighbors import KNeighborsClassifier
+
+    from adflow.views.latent import project
+    rng = np.random.default_rng(0)
+    centres, label = rng.normal(0, 6, (4, 1, 64)), np.repeat(np.arange(4), 100)
+    x = (centres + rng.normal(size=(4, 100, 64))).reshape(-1, 64)
+    (here, there, said), (again, _, _) = (project(x, centres[:, 0], 'umap', seed=1) for _ in range(2))
+    assert said.startswith('UMAP') and np.array_equal(here, again)
+    assert (KNeighborsClassifier(5).fit(here, label).predict(there) == np.arange(4)).all()   # not fitted on them

@@ -120,7 +120,8 @@ def project(
         if importlib.util.find_spec('umap') is None:
             raise PartError('UMAP needs the package umap-learn (pip install umap-learn); PCA needs nothing.')
         from umap import UMAP
-        fitted, said = UMAP(n_components=2, random_state=seed).fit(x), 'UMAP, distances between groups mean nothing'
+        fitted = UMAP(n_components=2, random_state=seed, n_jobs=1).fit(x)
+        said = 'UMAP, distances between groups mean nothing'
     here, there = fitted.transform(x), fitted.transform(more) if len(more) else np.zeros((0, 2))
     return here.astype(np.float32), there.astype(np.float32), said
 

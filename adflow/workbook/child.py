@@ -246,6 +246,7 @@ def child(
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent)
+    sys.modules.setdefault('rfc3987_syntax', None)  # jsonschema's grammar of IRIs: two seconds, and no notebook has one
     from nbclient.exceptions import DeadKernelError
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError

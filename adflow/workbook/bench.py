@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from .params import checkout
 from .runs import environment, now, read_json, write_file
 
 # %% auto #0
-__all__ = ['seconds', 'take_turns', 'ceilings', 'peak_mb', 'machine', 'keep', 'kept']
+__all__ = ['seconds', 'take_turns', 'ceilings', 'peak_mb', 'flops', 'compare', 'rounded', 'machine', 'keep', 'kept']
 
 # %% ../../nbs/workbook/956_bench.ipynb #bdf0154b
 def seconds(
@@ -82,6 +83,38 @@ def peak_mb(
         f()
         return _status('VmHWM') - before
     except (OSError, AttributeError, StopIteration): return math.nan
+
+def flops(f) -> int:
+    "Floating-point operations of a call's matrix products and convolutions, backward included, as torch counts them."
+    with FlopCounterMode(display=False) as counter: f()
+    return counter.get_total_flops()
+
+# %% ../../nbs/workbook/956_bench.ipynb #7b76360c
+def compare(
+    candidates: dict,             # name → function without arguments
+    reference: str = '',          # whose time is 1; '': the first
+    flop: dict | None = None,     # name → operations that it has to do
+    moved: dict | None = None,    # name → bytes that it has to read and write once
+    top: dict | None = None,      # ceilings; None: measured now
+    device: str = 'cpu',
+    rounds: int = 3,
+    repeats: int = 1,
+    memory: bool = True,          # measure the peaks, with one more call each
+) -> pd.DataFrame:                # one row per name: ms, cpu ms, of <reference>, of the product, of the copy, peak MB
+    "Times several ways to do the same, as ratios; a CPU's ratios are of processor time."
+    top, reference = top or ceilings(device), reference or next(iter(candidates))
+    best, rows = take_turns(candidates, device, rounds, repeats), {}
+    for k, t in best.iterrows():
+        rows[k] = {'ms': 1e3 * t.wall, 'cpu ms': 1e3 * t.cpu, f'of {reference}': t.cpu / best.cpu[reference],
+                   'of the product': (flop or {}).get(k, math.nan) / t.cpu / 1e9 / top['GFLOP/s'],
+                   'of the copy': (moved or {}).get(k, math.nan) / t.cpu / 1e9 / top['GB/s'],
+                   'peak MB': peak_mb(candidates[k], device) if memory else math.nan}
+    return pd.DataFrame(rows).T
+
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
+    "A table to read: times to .01 ms, ratios to three digits, MB whole; columns without a number are left out."
+    places = {c: 0 if c.endswith('MB') else 2 if c.endswith('ms') else 3 for c in table.select_dtypes('number')}
+    return table.dropna(axis=1, how='all').round(places)
 
 # %% ../../nbs/workbook/956_bench.ipynb #b3cea527
 def machine() -> str:

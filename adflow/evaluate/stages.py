@@ -20,26 +20,32 @@ from ..features.augment import draw
 from ..parts import PartError
 
 # %% auto #0
-__all__ = ['score_maps', 'PerGroup', 'StageEvaluator']
+__all__ = ['default_batch', 'score_maps', 'PerGroup', 'StageEvaluator']
 
 # %% ../../nbs/evaluate/73_stages.ipynb #e54df0ba
+def default_batch(features) -> int:
+    "Images per scoring step, 16 or on a GPU 64. It is part of a result's last bits."
+    return 64 if features.device.type == 'cuda' else 16
+
 def score_maps(
     detector,                  # any detector
     features,                  # FeatureSet
     groups: list,              # the group of adapters for each image
-    batch_size: int = 16,      # images
-) -> Tensor:                   # (N, H, W) float32 on the CPU
+    batch_size: int = 0,       # images; 0: 16, or 64 on a GPU
+    device='cpu',              # of the maps; None: that of the features
+) -> Tensor:                   # (N, H, W) float32
     "Score maps of all images of a set, in its order."
-    out, groups = torch.empty(len(features), *features.grid), np.asarray(groups)
+    device, groups = features.device if device is None else device, np.asarray(groups)
+    out, batch_size = torch.empty(len(features), *features.grid, device=device), batch_size or default_batch(features)
     augment = getattr(detector, 'augment', None)
     for group in dict.fromkeys(groups.tolist()):
         rows = np.flatnonzero(groups == group)
         for i in range(0, len(rows), batch_size):
             part = rows[i:i + batch_size]
             maps = detector.score(draw(features, part, detector), group).float()
-            out[part] = (augment.restore(maps) if hasattr(augment, 'restore') else maps).cpu()
+            out[part] = (augment.restore(maps) if hasattr(augment, 'restore') else maps).to(device)
     if not torch.isfinite(out).all():
-        bad = features.index['image'].iloc[int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])]
+        bad = features.index['image'].iloc[int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0, 0])]
         raise FloatingPointError(f'The score map of {bad} is not finite: the detector diverged on it. Lower the '
                                  'learning rate or the couplings.')
     return out
@@ -60,15 +66,17 @@ class StageEvaluator:
         features,                  # FeatureSet with the test images of all classes
         aggregate='top_k',         # how a score map becomes an image score, as in YAML
         smoothing=4.,              # how it becomes a pixel map: σ in pixels, or a part, as in YAML
-        batch_size: int = 16,      # images per scoring step; part of the result's last bits
+        batch_size: int = 0,       # images per scoring step, part of the result's last bits; 0: 16, or 64 on a GPU
         progress: bool = True,
         defects=None,              # FeatureSet of synthetic defects on held-out normals, for parts that are fitted
     ):
-        self.features, self.batch_size, self.progress, self.defects = features, batch_size, progress, defects
+        self.features, self.progress, self.defects = features, progress, defects
+        self.batch_size = batch_size or default_batch(features)
         self._known, self._masks, self._fitted = {}, {}, {}
         parts = {'aggregate': (AGGREGATES, aggregate), 'smoothing': (SMOOTHING, smoothing)}
         names = {k: r.check(s)[0] for k, (r, s) in parts.items()}
         self.fits = [k for k, (r, _) in parts.items() if getattr(r[names[k]], 'fits', False)]
+        self.device = 'cpu' if self.fits else features.device      # of maps and metrics; what is fitted is on the CPU
         self.make = {'aggregate': lambda: AGGREGATES.build(aggregate) if 'aggregate' in self.fits
                      else lambda maps: image_scores(maps, aggregate), 'smoothing': lambda: SMOOTHING.build(smoothing)}
         if self.fits and not (defects is not None and len(defects.where(split='validation'))):
@@ -128,7 +136,7 @@ def metrics(self: StageEvaluator, cls, maps, stage, groups) -> dict:
     part = self.of(cls)
     if not len(part): return dict.fromkeys(METRICS, float('nan'))    # a class without test images has no numbers
     fit, parts = self.parts_for(stage, groups)
-    key = cls, fit, hashlib.sha256(maps.numpy().tobytes()).hexdigest()
+    key = cls, fit, hashlib.sha256(maps.cpu().numpy().tobytes()).hexdigest()
     if cls not in self._masks: self._masks[cls] = part.masks()
     if key not in self._known:
         masks = self._masks[cls]
@@ -144,8 +152,9 @@ def __call__(self: StageEvaluator,
     for task, c in tqdm(seen, desc=f'evaluate stage {stage.index}', unit='class', disable=not self.progress):
         part, s = self.of(c), sent[sent['class'] == c]
         right = (s['group'] == s['routed_group']).to_numpy()
-        oracle = score_maps(stage.detector, part, s['group'], self.batch_size)
-        routed = oracle if right.all() else score_maps(stage.detector, part, s['routed_group'], self.batch_size)
+        of = lambda groups: score_maps(stage.detector, part, groups, self.batch_size, self.device)
+        oracle = of(s['group'])
+        routed = oracle if right.all() else of(s['routed_group'])
         counts = {'n_good': int((part.index['label'] == 0).sum()), 'n_defect': int((part.index['label'] == 1).sum())}
         for is_routed, maps in ((True, routed), (False, oracle)):
             rows.append({'stage': stage.index, 'task': task, 'class': c, 'routed': is_routed,

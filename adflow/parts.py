@@ -6,6 +6,7 @@
 from __future__ import annotations
 import json
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -169,11 +170,10 @@ class Detector(nn.Module):
 
     @classmethod
     def load(cls, folder, device='cpu'):
-        "Rebuilds what `save` wrote (features in, maps out): settings are the constructor's, every group gets its slot."
+        "Rebuilds what `save` wrote, features in, maps out; of a finished run, a `Predictor`, images in, results out."
         if not (file := Path(folder)/'detector.json').is_file():
-            run = (Path(folder)/'params.yaml').is_file()
-            raise PartError(f'{folder} holds no detector.json' + ('' if not run else
-                            ', it is a run: adflow.predict.score.load takes it, and the result takes images.'))
+            if not (Path(folder)/'params.yaml').is_file(): raise PartError(f'{folder} holds no detector.json.')
+            return import_module('adflow.predict.score').load(folder, device=device)     # the last room of the house
         meta = json.loads(file.read_text())
         kind = DETECTORS[meta['detector']] if cls is Detector else cls
         return kind.rebuild(meta['settings'], meta['groups'], load_file(Path(folder)/'detector.safetensors')).to(device)

@@ -142,11 +142,16 @@ def test_what_is_no_finished_run_is_told(bank, tmp_path):
     (tmp_path/'moleflow'/'table').mkdir()
     for name in ('params.yaml', 'manifest.json'): shutil.copy(bank[0]/name, tmp_path/'moleflow'/'table')
     with pytest.raises(RunError, match='keeps no detector'): load('moleflow/table', outputs=tmp_path)
-    with pytest.raises(PartError, match='adflow.predict.score.load'): Detector.load(bank[0])
+    with pytest.raises(PartError, match='holds no detector.json'): Detector.load(tmp_path)
 
 def test_detector_load_finds_the_class_by_itself(bank):
     detector = Detector.load(bank[1].learner.checkpoint.current/'detector')
     assert type(detector).__name__ == 'PatchCore' and list(detector.groups) == CLASSES
+
+def test_detector_load_of_a_run_takes_images(bank):
+    image = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    a, b = Detector.load(bank[0])(image), load(bank[0])(image)
+    assert a['score'] == b['score'] and a['task'] == b['task'] and np.array_equal(a['map'], b['map'])
 
 @pytest.mark.parametrize('rate, text', [(.01, '19 held-out normal images were sent to .*0.05 at best.*takes 99'),
                                         (0, 'between 0 and 1')])

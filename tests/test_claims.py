@@ -69,7 +69,8 @@ GAIN = {'name': 'contrast', 'value': 'pixel_ap', 'plus': [{'model': 'a'}], 'minu
     (AUROC, {'above': 5}, False), (AUROC, {'above': .9}, True), (AUROC, {'below': -.1}, False),
     (AUROC, {'above': -.1}, False), (AUROC, {'within': (1.2, 2)}, False), (AUROC, {'within': (0, 1)}, False),
     (AUROC | {'minus': {'detector': 'y'}}, {'above': -.1}, True), (GAIN, {'above': 1.5}, False),
-    (GAIN, {'above': -.5}, True), (GAIN | {'minus': []}, {'above': -.5}, False), (GAIN, {'within': (-1e-9, 1e-9)}, True),
+    (GAIN, {'above': -.5}, True), (GAIN | {'minus': []}, {'above': -.5}, False),
+    (GAIN, {'within': (-1e-9, 1e-9)}, True),
     (GAIN | {k: GAIN[k] * 2 for k in ('plus', 'minus')}, {'above': 1.5}, True),
     ({'name': 'separates', 'score': 'x', 'label': 'y'}, {'above': 50}, False),
     ({'name': 'contrast', 'value': 'amplification_feature', 'plus': [{}]}, {'within': (35, 52.3)}, True)])

@@ -381,6 +381,33 @@ def test_batched_and_randomized_spectra():
         assert torch.allclose(first[k][:4], full[k][:4], rtol=1e-3)
         assert svd.energy_at(first[k], 4, m.norm()) == pytest.approx(svd.energy_at(full[k], 4), abs=1e-3)
 
+@pytest.mark.parametrize('m, n, r', [(90, 70, 4), (60, 110, 6)])
+def test_a_table_of_the_first_singular_values(m, n, r):
+    "What so few can say is what all say, and the rest is NaN: no number that was not computed."
+    pairs = {'planted': (torch.ones(m, n), low_rank(m, n, r, .02)),
+             'noise': (torch.ones(m, n), low_rank(m, n, 1, 1., 3) - low_rank(m, n, 1, 0., 3))}
+    full, first = (svd.spectrum_table(pairs, ranks=(4, 8, 32), rank=k) for k in (None, 12))
+    for k in ('above', 'energy95', 'energy99'): assert full.loc['planted', k] == first.loc['planted', k]
+    assert first.loc['planted', 'above'] == r and first.loc['noise', 'above'] == 0
+    for k in ('change', 'at_4', 'at_8', 'null_at_4', 'null_at_8'):
+        assert np.allclose(full[k].astype(float), first[k].astype(float), atol=.005), k
+    assert first[['sum95', 'sum99', 'null_sum95', 'at_32', 'null_at_32', 'null_energy95']].isna().all(axis=None)
+    assert first.loc['noise', ['energy95', 'energy99']].isna().all() and full.notna().all(axis=None)
+    many = svd.spectrum_table({'planted': pairs['planted']}, rank=3).loc['planted']     # all three stand out: how many?
+    assert np.isnan(many['above']) and np.isnan(many['structure']) and np.isnan(many['energy99'])
+
+@pytest.mark.parametrize('rank', [None, 6])
+def test_spectra_are_computed_where_they_are_asked_for(monkeypatch, rank):
+    "Changes, nulls and truncations go to the device; without a GPU here, `meta` stands in and is seen to be asked."
+    asked, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, 'to', lambda x, *a, **k: (asked.append(str(a[0])) or to(x, 'cpu', *a[1:], **k))
+                        if a and str(a[0]) == 'meta' else to(x, *a, **k))
+    svd.spectrum_table({'x': (torch.ones(50, 40), low_rank(50, 40, 2))}, device='meta', rank=rank)
+    assert len(asked) == 2                                                 # the change, and its null
+    det = flow()
+    next(svd.truncations(svd.weights_of(det), flow(noise=.3), (1,), 'meta'))
+    assert len(asked) == 2 + len(svd.weight_changes(svd.weights_of(det), flow(noise=.3)))
+
 def test_both_conventions():
     s = np.array([4., 2., 1., 1.])                                         # energy 16, 4, 1, 1; sum 4, 2, 1, 1
     assert [svd.effective_rank(s, q) for q in (.7, .9, .95, 1.)] == [1, 2, 3, 4]

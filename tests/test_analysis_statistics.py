@@ -2,6 +2,7 @@
 import json
 import shutil
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -306,6 +307,39 @@ def test_the_published_file_has_sources():
     t = published()
     assert len(t) >= 10 and t['source'].str.len().min() > 5 and set(t['kind']) <= {'paper', 'collected'}
     assert t[['image_auroc', 'pixel_ap']].max(axis=None) <= 100
+
+@pytest.mark.slow
+@pytest.mark.parametrize('few', [False, True])
+def test_the_report_notebook_on_planted_runs(tmp_path, few):
+    "Table, traces and statistics of `nbs/experiments/report.ipynb` are those of the folders it is pointed at."
+    import papermill
+    values = {'good': [.50, .52, .57], 'a_b': [.40, .44, .45]}
+    for name, of in values.items():
+        for i, v in enumerate(of[:1 if few else 3]):
+            folder = make_run(tmp_path/f'x/{name}-seed{i}', v)
+            (folder/'manifest.json').write_text(json.dumps({'state': 'done', 'seed': i, 'git': {'commit': 'c0ffee00'}}))
+    notebook = Path(__file__).parents[1]/'nbs/experiments/report.ipynb'
+    done = papermill.execute_notebook(str(notebook), str(tmp_path/'out.ipynb'), progress_bar=False, parameters=dict(
+        runs=['a_b=x/a_b-seed*', 'x/good-seed*'], outputs=str(tmp_path), metrics=['pixel_ap'], suffix='png',
+        beside=['dataset=mvtec', 'setting=continual 1-1'], run_dir=str(tmp_path/'run')))
+    text = (tmp_path/'run/table.md').read_text()
+    shown = [o.get('data', {}) for c in done.cells for o in c.get('outputs', [])]
+    said = [''.join(d['text/plain']) for d in shown if 'text/plain' in d]
+    each = pd.read_parquet(tmp_path/'run/metrics.parquet')
+    assert '*58.4*' in text and r'\cite{cadic2025} & 58.4' in (tmp_path/'run/table.tex').read_text()      # as printed
+    traces = pd.read_csv(tmp_path/'run/traces.csv')
+    assert (traces['commit'] == 'c0ffee00').all() and len(each) == len(traces) == (2 if few else 6)
+    assert traces['run'].tolist() == [f'x/{k}-seed{i}' for k in ('a_b', 'good') for i in range(1 if few else 3)]
+    if few:
+        assert '| x/good-seed* | **50.0** | 1 run |' in text and any('no floor' in t for t in said)
+        return
+    a, b = (100 * np.array(values[k]) for k in ('a_b', 'good'))
+    assert f'| a_b | 43.0 ± {a.std(ddof=1):.1f} | 3 runs |' in text
+    assert f'| x/good-seed* | **53.0** ± {b.std(ddof=1):.1f} | 3 runs |' in text
+    p, floor = stats.ttest_rel(b, a).pvalue, noise_floor(a)['limit']
+    assert any('t_p' in t and f'{p:.3f}' in t and '10.0' in t for t in said)
+    assert any('limit' in t and f'{floor:.2f}' in t for t in said)
+    assert (tmp_path/'run/figures/pixel_ap.png').is_file() and (tmp_path/'run/figures/pixel_ap.json').is_file()
 
 def test_a_chrome_draws_what_is_asked_for(tmp_path):
     import importlib.util

@@ -2,14 +2,17 @@
 calibrated nulls, the hypotheses of the tail on planted data"""
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.linalg import sqrtm
 from sklearn.metrics import roc_auc_score
 
 from adflow.analysis import similarity, svd, tail_gradient as tg
+from adflow.features.store import FeatureSet, from_arrays
 from adflow.flow.losses import build_losses, patch_nll
 from adflow.flow.moleflow import MoLEFlow
 from adflow.parts import add_task, train_only, use_task
@@ -222,6 +225,104 @@ def test_block_log_dets_add_up():
     assert table['quantity'].tolist() == ['log-det, all blocks', *(f'log-det, block {i}' for i in range(3))]
 
 
+class Toy(torch.nn.Module):
+    "z = s (x − b) with log-det t · x₅: the gradient of b over a set is −s² times the set's mean, at b = 0."
+    def __init__(self, scale=(1,) * DIM, t=0.):
+        super().__init__()
+        self.b, self.scale, self.t, self.groups = torch.nn.Parameter(torch.zeros(DIM)), torch.tensor(scale), t, {'a': 0}
+        self.blocks, self.scorer = [self.block], SimpleNamespace(views=[{'channels': slice(None)}])
+    @property
+    def flow(self): return self
+    def aligned(self, x): return x
+    def block(self, h):
+        z, log_det = self(h[0])
+        return (z,), log_det
+    def forward(self, x): return self.scale * (x - self.b), self.t * x[..., 5]
+
+def test_dilution_of_a_planted_tail():
+    "Tail patches lie at 5 e₀, others at e₁: norms and cosines can be said beforehand."
+    k, x = tg.tail_size(64, .05), torch.zeros(4, *GRID, DIM)
+    x[..., 1] = 1 + .01 * torch.randn(4, *GRID, generator=torch.Generator().manual_seed(0))
+    x[:, 0, :k] = torch.tensor([5., 0, 0, 0, 0, 0])
+    table = tg.dilution(Toy(), x, 'a', .05).set_index('quantity')
+    f = k / 64
+    whole = math.hypot(5 * f, 1 - f)
+    for name, tail, other in (('norm_to_all', 5 / whole, 1 / whole), ('cosine', 5 * f / whole, (1 - f) / whole)):
+        row = table.loc[f"weights' gradient, {name}"]
+        assert row['first'] == pytest.approx(tail, rel=.01) and row['second'] == pytest.approx(other, rel=.01)
+        assert row['difference'] == pytest.approx(tail - other, rel=.01) and abs(row['d']) > 100
+    even = tg.dilution(Toy(), torch.randn(4, *GRID, DIM, generator=torch.Generator().manual_seed(1)) + 3, 'a', .05)
+    assert (even['first'] / even['second'] - 1).abs().max() < .5              # no tail of another kind: about the same
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Twelve normals, three patches of each at 3 e₀ on the border, and twenty test images, half of them with defects in
+    the middle: at 3 e₀ too, at 4 e₁, which the 'mean' model is blind to, and with x₅ = 2, which only 'tail' minds."""
+    r = rng(5)
+    x = .3 * r.normal(size=(32, *GRID, DIM)).astype('float32')
+    x[..., 5] *= .03
+    x[:, 0, 2:5, 0] += 3
+    masks = np.zeros((32, *GRID), bool)
+    masks[22:, 3:5, 3:5] = True
+    x[masks] += np.array([3, 4, 0, 0, 0, 2], 'float32')
+    index = pd.DataFrame({'split': ['train'] * 12 + ['test'] * 20, 'class': 'a', 'label': [0] * 22 + [1] * 10})
+    monkeypatch.setattr(FeatureSet, 'images', lambda self, rows: r.random((len(self), 32, 32, 3)))
+    models = {'mean': Toy((1, .001, 1, 1, 1, 1), 1.), 'tail': Toy((1,) * DIM, -1.)}
+    table = tg.hypotheses(models, from_arrays(x, index, masks=masks), 'a', .05)
+    return x, masks[12:], table.set_index(['hypothesis', 'quantity', 'model', 'control']).sort_index()
+
+def test_hypotheses_on_planted_answers(planted):
+    x, masks, table = planted
+    at = lambda *k: table.loc[k]
+    for model in ('mean', 'tail'):
+        free, held = (at('H1', 'edge distance', model, c) for c in ('random', 'same border distance'))
+        assert free['first'] == 0 and free['high'] < -.5 and held['difference'] == 0 == held['low'] == held['high']
+        near, far = (at('H2', f'distance of {k}', model, 'random') for k in ('defects', 'normals'))
+        assert near['high'] < 0 < far['low'] and near['n'] == 40
+        assert at('H5', 'tail among 10 neighbours', model, 'random')['first'] > .5
+        inside = lambda row: row['low'] < row['first'] < row['high']
+        z = x[:12] * np.array([1, .001 if model == 'mean' else 1, 1, 1, 1, 1])
+        for k, v in {'mean': z.mean(), 'radial_mean': (z ** 2).sum(-1).mean() / DIM}.items():
+            row = at('H7', k, model, '')
+            assert row['first'] == pytest.approx(v, rel=1e-3) and inside(row)
+        assert at('H7', 'std', model, '')['first'] == pytest.approx(z.std(), rel=1e-3)
+    weights = [at('H3', f"weights' gradient, {k}", 'tail', 'random') for k in ('norm_to_all', 'cosine')]
+    mask = tg.tail_patches(.5 * (x[:8] ** 2).sum(-1) + x[:8, ..., 5], .05)
+    tail, whole = x[:8][mask].mean(0), x[:8].mean((0, 1, 2))
+    norm = np.linalg.norm
+    assert [w['first'] for w in weights] == pytest.approx(
+        [norm(tail) / norm(whole), tail @ whole / norm(tail) / norm(whole)], rel=1e-3)
+    for share in ('0.4%', '2.0%'):
+        row = at('H4', f'image AUROC, top {share}', 'tail against mean', '')
+        assert row['first'] == 1 and row['low'] > .1 and row['low'] < row['difference'] < row['high']
+    assert at('H4', 'overlap of the tails', 'tail against mean', '')['low'] > 0       # of normals: mostly the same
+    assert at('H6', 'patch_ap_minus_log_det', 'tail', '')['first'] == 1
+    assert at('H6', 'patch_ap_minus_log_det', 'mean', '')['first'] < 2 * masks.mean()
+
+def test_what_is_no_mean_has_no_interval(planted):
+    rows = planted[2].reset_index()
+    means = {'mean', 'beyond_2', 'beyond_3', 'radial_mean', 'radial_beyond_99'}
+    h7 = (rows['hypothesis'] == 'H7') & rows['quantity'].isin(means)
+    known = rows['hypothesis'].isin(['H1', 'H2', 'H4', 'H5']) | h7 | rows['quantity'].eq('log-det, all blocks')
+    assert (rows['low'].notna() == known).all() and (rows['high'].notna() == known).all()
+    assert (rows['low'][known] <= rows['high'][known]).all()
+    assert set(rows['hypothesis']) == {f'H{i}' for i in range(1, 8)}
+
+def test_interval_of_a_mean_draws_whole_images():
+    r = rng(2)
+    levels = r.normal(size=200)
+    ends = tg.mean_interval(levels)
+    assert (ends['high'] - ends['low']) / 2 == pytest.approx(1.96 * levels.std() / 200 ** .5, rel=.1)
+    patches = np.repeat(levels[:20], 50) + .01 * r.normal(size=1000)       # fifty patches of each of twenty images
+    whole, naive = (tg.mean_interval(patches, u) for u in (np.repeat(range(20), 50), None))
+    width = lambda e: e['high'] - e['low']
+    assert width(whole) == pytest.approx(width(tg.mean_interval(levels[:20])), rel=.05)
+    assert width(whole) > 5 * width(naive)
+    ends = [tg.mean_interval(rng(i).normal(size=40), seed=i) for i in range(150)]
+    covered = [e['low'] <= 0 <= e['high'] for e in ends]
+    assert .88 < np.mean(covered) <= 1 and all(math.isnan(v) for v in tg.mean_interval([1., 2.], [0, 0]).values())
+
+
 # ---- svd ----------------------------------------------------------------------------------------------------
 
 def low_rank(m, n, r, noise=0., seed=0):
@@ -279,6 +380,33 @@ def test_batched_and_randomized_spectra():
         assert torch.allclose(full[k], torch.linalg.svdvals(m), rtol=1e-3, atol=1e-3) and first[k].shape == (6,)
         assert torch.allclose(first[k][:4], full[k][:4], rtol=1e-3)
         assert svd.energy_at(first[k], 4, m.norm()) == pytest.approx(svd.energy_at(full[k], 4), abs=1e-3)
+
+@pytest.mark.parametrize('m, n, r', [(90, 70, 4), (60, 110, 6)])
+def test_a_table_of_the_first_singular_values(m, n, r):
+    "What so few can say is what all say, and the rest is NaN: no number that was not computed."
+    pairs = {'planted': (torch.ones(m, n), low_rank(m, n, r, .02)),
+             'noise': (torch.ones(m, n), low_rank(m, n, 1, 1., 3) - low_rank(m, n, 1, 0., 3))}
+    full, first = (svd.spectrum_table(pairs, ranks=(4, 8, 32), rank=k) for k in (None, 12))
+    for k in ('above', 'energy95', 'energy99'): assert full.loc['planted', k] == first.loc['planted', k]
+    assert first.loc['planted', 'above'] == r and first.loc['noise', 'above'] == 0
+    for k in ('change', 'at_4', 'at_8', 'null_at_4', 'null_at_8'):
+        assert np.allclose(full[k].astype(float), first[k].astype(float), atol=.005), k
+    assert first[['sum95', 'sum99', 'null_sum95', 'at_32', 'null_at_32', 'null_energy95']].isna().all(axis=None)
+    assert first.loc['noise', ['energy95', 'energy99']].isna().all() and full.notna().all(axis=None)
+    many = svd.spectrum_table({'planted': pairs['planted']}, rank=3).loc['planted']     # all three stand out: how many?
+    assert np.isnan(many['above']) and np.isnan(many['structure']) and np.isnan(many['energy99'])
+
+@pytest.mark.parametrize('rank', [None, 6])
+def test_spectra_are_computed_where_they_are_asked_for(monkeypatch, rank):
+    "Changes, nulls and truncations go to the device; without a GPU here, `meta` stands in and is seen to be asked."
+    asked, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, 'to', lambda x, *a, **k: (asked.append(str(a[0])) or to(x, 'cpu', *a[1:], **k))
+                        if a and str(a[0]) == 'meta' else to(x, *a, **k))
+    svd.spectrum_table({'x': (torch.ones(50, 40), low_rank(50, 40, 2))}, device='meta', rank=rank)
+    assert len(asked) == 2                                                 # the change, and its null
+    det = flow()
+    next(svd.truncations(svd.weights_of(det), flow(noise=.3), (1,), 'meta'))
+    assert len(asked) == 2 + len(svd.weight_changes(svd.weights_of(det), flow(noise=.3)))
 
 def test_both_conventions():
     s = np.array([4., 2., 1., 1.])                                         # energy 16, 4, 1, 1; sum 4, 2, 1, 1

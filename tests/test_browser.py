@@ -3,6 +3,7 @@
 What the page must say is computed here from the files of the runs, not by the widget. `outputs/screens/<notebook>.png`
 shows the page, `<notebook>.json` the milliseconds from an event to the changed text; with ADFLOW_SCREENS=1 the pictures
 of the README, `nbs/images/explore_<notebook>.png`, are made anew. A new explorer gets a function like those at the end.
+Without Chromium or playwright these tests skip; with ADFLOW_REQUIRE_BROWSER=1, as in CI, they fail.
 """
 import importlib.util
 import io
@@ -30,6 +31,7 @@ from scipy.stats import rankdata
 
 from adflow.evaluate.scoring import image_scores, pixel_maps
 from adflow.features.augment import draw
+from adflow.parts import use_task
 from adflow.views.latent import sample_patches
 from adflow.views.scores import OpenRun, demo_run
 
@@ -40,7 +42,8 @@ MISSING = [name for name, there in (("the Python package playwright (pip install
                                     ('Chromium (apt-get install chromium)', CHROMIUM)) if not there]
 QUIET = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
-needs_browser = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason='not here: ' + ' and '.join(MISSING))]
+ABSENT, REQUIRED = 'not here: ' + ' and '.join(MISSING), os.environ.get('ADFLOW_REQUIRE_BROWSER') == '1'
+needs_browser = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=ABSENT)]
 # anywidget gives a model two seconds to load plotly's 5 MB; a machine that is shared may need more
 PATIENCE = 'const timeout = AbortSignal.timeout; AbortSignal.timeout = ms => timeout.call(AbortSignal, 60 * ms)'
 
@@ -112,7 +115,11 @@ class Lab:
         self.process.wait()
 
 @pytest.fixture(scope='module')
-def lab(tmp_path_factory, request):
+def browser():
+    if MISSING: pytest.fail(f'ADFLOW_REQUIRE_BROWSER is set, and {ABSENT}')
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory, request, browser):
     lab = Lab(tmp_path_factory.mktemp('lab'))
     try:
         request.getfixturevalue('runs')     # made while the server starts
@@ -243,11 +250,14 @@ class Explorer:
                 {code: 'import ipywidgets; ipywidgets.Widget.close_all()'}).done.then(() => 1)])""")
         finally: self.page.close()
 
+    def record(self, name):
+        "The milliseconds of all that was timed."
+        (ROOT / f'outputs/screens/{name}.json').write_text(json.dumps(self.milliseconds))
+
     def screenshot(self, name):
         screens = ROOT / 'outputs/screens'
         screens.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=screens / f'{name}.png')
-        (screens / f'{name}.json').write_text(json.dumps(self.milliseconds))
         picture = ROOT / 'nbs/images' / f'explore_{name}.png'
         if os.environ.get('ADFLOW_SCREENS') and picture.exists():
             cell = self.page.locator('.jp-Cell').filter(has=self.page.locator('.jupyter-widgets')).first
@@ -305,18 +315,24 @@ def score_maps(page, runs):
     patches = features.batch(np.array([shown])).flatten(0, 2)
     far = torch.cdist(*((x - bank.mean(0)) / bank.std(0).clamp_min(1e-6) for x in (patches, bank))).sort(1).values
     height, width = features.preprocess.size
-    worst = divmod(int(maps[shown].argmax()), w)
+    worst, detector = divmod(int(maps[shown].argmax()), w), run.stage.detector
+    use_task(detector, detector.groups[run.sent.query('`class` == @cls')['routed_group'].iloc[shown]])
+    with torch.no_grad(): z, log_det = (v[0].double() for v in detector(features.batch(np.array([shown]))))
+    nll = -torch.distributions.Normal(0, 1).log_prob(z).sum(-1) - log_det
     for i, (row, col) in enumerate([worst, (1, w - 3)]):    # not on the diagonal: rows are no columns
         page.timed('.adflow-near', lambda: page.click('map', (col + .5) * width / w, (row + .5) * height / h),
                    f'patch clicked, {i + 1}')
         near = [f'here: {maps[shown, row, col]:.4g}', *(f'{d:.2f}' for d in far[row * w + col, :4])]
         page.says('.adflow-near', near, f'patch {row}, {col}')
+        terms = zip(('‖z‖²', 'log-det', 'NLL'), (z.square().sum(-1), log_det, nll))
+        page.says('.adflow-latent', [', '.join(f'{k} {v[row, col]:.4g}' for k, v in terms)], f'latent {row}, {col}')
     page.screenshot('score_maps')
 
     other = int(np.argmin(scores))
     page.timed('.adflow-verdict', lambda: page.choose('image', index=other), 'image chosen')
     page.says('.adflow-verdict', [f'score {scores[other]:.4g} → passes'], 'another image')
     page.says('.adflow-near', [], 'the patches of the former image are gone')
+    page.says('.adflow-latent', [], 'and its latent')
     page.timed('.adflow-confusion', lambda: page.choose('class', label='retina'), 'class chosen')
     scores, bad = scores_of(run, 'retina', 3), run.labels('retina') == 1
     start = run.threshold('retina', lambda maps: image_scores(maps, {'name': 'top_k', 'k': 3}))
@@ -427,6 +443,16 @@ def test_every_explorer_has_its_drive():
     there = {p.stem for p in (ROOT / 'nbs/explore').glob('*.ipynb')}
     assert there == set(EXPLORERS), 'write a function with @explorer for a new notebook in nbs/explore'
 
+@pytest.mark.slow
+@pytest.mark.parametrize('required, said', [('', '1 skipped'), ('1', '1 error')])
+def test_a_missing_browser_skips_or_fails(tmp_path, required, said):
+    "In a process of its own, where nothing is on the path."
+    env = os.environ | {'PATH': str(tmp_path), 'ADFLOW_REQUIRE_BROWSER': required, 'ADFLOW_SLOW': '1'}
+    asked = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'{__file__}::test_explorer[runs]']
+    done = subprocess.run(asked, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert said in done.stdout.split('\n')[-2] and bool(done.returncode) == bool(required), done.stdout[-2000:]
+    assert not required or 'ADFLOW_REQUIRE_BROWSER is set, and not here: Chromium' in done.stdout
+
 @pytest.mark.parametrize('name', [pytest.param(name, marks=needs_browser) for name in EXPLORERS])
 def test_explorer(name, lab, runs, chromium):
     drive, parameters = EXPLORERS[name]
@@ -435,6 +461,7 @@ def test_explorer(name, lab, runs, chromium):
     page = Explorer(chromium.new_page(), address)
     try:
         drive(page, runs)
+        page.record(name)
         assert not page.complaints(), page.complaints()
     except BaseException:
         page.screenshot(f'{name}_failed')

@@ -15,7 +15,7 @@ from scipy import stats
 from ..parts import use_task
 
 # %% auto #0
-__all__ = ['TAIL', 'uniformity', 'qq', 'normality', 'latents', 'gaussianity', 'radial', 'qq_figure', 'conformal_p',
+__all__ = ['TAIL', 'uniformity', 'qq', 'normality', 'has_latents', 'latents', 'gaussianity', 'radial', 'qq_figure', 'conformal_p',
            'conformal_ks', 'score_calibration']
 
 # %% ../../nbs/analysis/79_calibration.ipynb #15847101
@@ -81,6 +81,8 @@ def normality(
     return {k: float(v[0]) for k, v in _moments(np.ravel(values)[:, None]).items()}
 
 # %% ../../nbs/analysis/79_calibration.ipynb #b17758bb
+def has_latents(detector) -> bool: return hasattr(type(detector), 'flow')
+
 @torch.no_grad()
 def latents(
     detector,                  # with a `flow`, such as MoLE-Flow

@@ -88,6 +88,7 @@ class Recorded(_Strict):
     date: date
     verdict: str
     words: str
+    when: list[str] = []       # conditions (of the evidence) under which it held, if the verdict is 'only when …'
 
     @field_validator('verdict')
     @classmethod
@@ -116,7 +117,13 @@ class Claim(_Strict):
     @model_validator(mode='after')
     def _complete(self):
         if not self.evidence and not self.why: raise ValueError('neither evidence nor why: what would show it?')
-        if self.recorded and not self.study: raise ValueError('recorded, but no study where the number stands')
+        if not self.recorded: return self
+        if not self.study: raise ValueError('recorded, but no study where the number stands')
+        if bool(when := self.recorded.when) != self.recorded.verdict.startswith('only when'):
+            raise ValueError("a recorded 'only when …' names its conditions in `when`, and no other verdict has any")
+        if odd := [k for k in when if k not in self.evidence]:
+            raise ValueError(f"recorded when '{odd[0]}': the evidence has no such condition"
+                             + nearest(odd[0], self.evidence))
         return self
 
 # %% ../../nbs/analysis/895_claims.ipynb #ece83347
@@ -221,15 +228,21 @@ def _number(v: float) -> str:
 def _kind(verdict: str) -> str:
     return next(w for w in (HOLDS, NOT, OPEN, NONE, 'only when') if verdict.startswith(w))
 
+def _agree(claim, here) -> bool:
+    "What was measured here against the record: of 'only when …' the conditions that hold, else the kind of verdict."
+    if claim.recorded.when: return {k for k in here if here[k] == HOLDS} == here.keys() & {*claim.recorded.when}
+    return _kind(together(here)) == _kind(claim.recorded.verdict)
+
 def verdict_table(
     verdicts: Verdicts,
-) -> pd.DataFrame:             # a row per claim: line, verdict here, recorded, whether they agree
+) -> pd.DataFrame:             # a row per claim: line, verdict here, recorded, whether they agree on what was measured
     "All claims, checked."
     verdicts.check()
     rows = []
     for c in verdicts.claims:
         here, there = verdicts.verdict(c), c.recorded.verdict if c.recorded else ''
-        agree = '' if NONE in (here, there) or not there else str(_kind(here) == _kind(there))
+        measured = {k: v for k in c.evidence if (v := verdicts.rows[c.id, k]['verdict']) != NONE}
+        agree = '' if NONE in (here, there) or not there else str(_agree(c, measured))
         rows.append({'id': c.id, 'line': c.line, 'claim': c.claim, 'here': here, 'recorded': there, 'agree': agree})
     return pd.DataFrame(rows).set_index('id')
 

@@ -107,9 +107,11 @@ class Table:
                 if np.isnan(value := self.values.loc[m, k]): continue
                 if not self.runs.get((m, k)): raise ReportError(f'{m}, {k}: {value:.4g} has no run.')
                 again = [run_result(f, self.wheres.get(m))[k] * self.scale for f in self.runs[m, k]]
-                if abs(np.mean(again) - value) > tolerance:
-                    raise ReportError(f'{m}, {k}: the table says {value:.6g}, its {len(again)} runs give '
-                                      f'{np.mean(again):.6g}. Make the table anew.')
+                spread = np.std(again, ddof=1) if len(again) > 1 else np.nan
+                for plus, says, found in (('', value, np.mean(again)), ('± ', self.spread.loc[m, k], spread)):
+                    if np.isclose(says, found, rtol=0, atol=tolerance, equal_nan=True): continue
+                    raise ReportError(f'{m}, {k}: the table says {plus}{says:.6g}, its {len(again)} runs give '
+                                      f'{plus}{found:.6g}. Make the table anew.')
         return self
 
     def traces(self) -> pd.DataFrame:

@@ -71,7 +71,7 @@ def spectra(
     "Singular values of many matrices, those of one shape at once."
     shapes, out = {}, {}
     for k, m in matrices.items(): shapes.setdefault(tuple(m.shape), []).append(k)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == 'cuda' else []):
         torch.manual_seed(seed)
         for shape, names in shapes.items():
             stack = torch.stack([matrices[k] for k in names]).to(device, torch.float32)
@@ -84,12 +84,16 @@ def effective_rank(
     s,                                 # (…, r) singular values, all of them
     share: float = .95,                # q
     of: Literal['energy', 'sum'] = 'energy',  # Σσ² or Σσ
-) -> np.ndarray:                       # (…)
+    norm=None,                         # Frobenius norm of the matrix, where s has its first values; None: all
+) -> np.ndarray:                       # (…), NaN where the first values do not say (never of the sum)
     "How many singular values have a share of the energy, or of the sum."
     if of not in ('energy', 'sum'): raise ValueError(f"of={of!r} must be 'energy' or 'sum'.")
     s = np.sort(np.asarray(s, float), -1)[..., ::-1]
     total = np.cumsum(s**2 if of == 'energy' else s, -1)
-    return (total < share * total[..., -1:] * (1 - 1e-12)).sum(-1) + 1
+    whole = total[..., -1:] if norm is None else np.asarray(norm, float)[..., None]**2
+    found = (total < share * whole * (1 - 1e-12)).sum(-1) + 1
+    if norm is None: return found
+    return np.where((found <= s.shape[-1]) & (of == 'energy'), found, np.nan)
 
 def energy_at(
     s,                                 # (…, r) singular values, at least the first `rank`
@@ -122,14 +126,17 @@ def noise_edge(shape: tuple, norm: float) -> float:
     return float(norm) * (math.sqrt(m) + math.sqrt(n)) / math.sqrt(m * n)
 
 def above_noise(
-    s,                                 # (r,) all singular values, falling
+    s,                                 # (r,) singular values, falling: all of them, or the first
     shape: tuple,                      # of the matrix
     slack: float = 1.05,               # how far above the edge, since the largest of finite noise scatters around it
-) -> int:
+    norm: float | None = None,         # Frobenius norm of the matrix; None: s is complete
+) -> int:                              # of the first only: len(s) if all of them do
     "How many singular values stand out of noise: after each, what is left is compared with noise of its own size."
-    (m, n), left = shape, np.sqrt(np.cumsum(np.square(np.asarray(s, float))[::-1])[::-1])
-    r = 0
-    while r < len(left) - 1 and s[r] > slack * noise_edge((m - r, n - r), left[r]): r += 1
+    (m, n), energy = shape, np.square(np.asarray(s, float))
+    rest = 0. if norm is None else max(norm**2 - energy.sum(), 0.)
+    left = np.sqrt(np.cumsum(energy[::-1])[::-1] + rest)
+    r, last = 0, len(left) - (len(left) == min(shape))
+    while r < last and s[r] > slack * noise_edge((m - r, n - r), left[r]): r += 1
     return r
 
 # %% ../../nbs/analysis/82_svd.ipynb #f0fa3452
@@ -137,25 +144,30 @@ RANKS = (8, 16, 32, 64, 128, 256)
 
 def spectrum_row(
     w: Tensor, change: Tensor,         # (m, n) both
-    s: Tensor,                         # all singular values of the change
+    s: Tensor,                         # singular values of the change: all, or the first
     ranks=RANKS,
     draws: int = 8,                    # random matrices
     null: Literal['gaussian', 'permuted'] = 'gaussian',
-) -> dict:
+    device='cpu',                      # of their singular values
+) -> dict:                             # NaN for what the first values do not say
     "What there is to say about one change of weights."
     full, norm = min(change.shape), change.norm().item()
     if not norm: return {'shape': '×'.join(map(str, change.shape)), 'full': full, 'change': 0.}
-    r = torch.linalg.svdvals(random_like(change, null, draws))
-    above = above_noise(s, change.shape)
-    row = {'shape': '×'.join(map(str, change.shape)), 'full': full, 'change': norm / w.norm().item(),
-           'above': above, 'structure': float(energy_at(s, above))}
+    rank = None if len(s) == full else len(s)
+    r = np.stack([*spectra(dict(enumerate(random_like(change, null, draws))), rank, device).values()])
+    size = None if rank is None else norm                # of the null, too
+    above = above_noise(s, change.shape, norm=size)
+    if above == rank: above = np.nan
+    row = {'shape': '×'.join(map(str, change.shape)), 'full': full, 'change': norm / w.norm().item(), 'above': above,
+           'structure': np.nan if np.isnan(above) else float(energy_at(s, above, size))}
     for of in ('energy', 'sum'):
         for q in (.95, .99):
-            key = f'{of}{100 * q:.0f}'
-            row |= {key: int(effective_rank(s, q, of)), f'null_{key}': float(effective_rank(r, q, of).mean())}
+            key, found = f'{of}{100 * q:.0f}', [effective_rank(v, q, of, size) for v in (s, r)]
+            row |= {key: float(found[0]) if rank else int(found[0]), f'null_{key}': float(found[1].mean())}
     row['relative'] = row['energy95'] / full
-    for k in ranks:
-        if k < full: row |= {f'at_{k}': float(energy_at(s, k)), f'null_at_{k}': float(energy_at(r, k).mean())}
+    for k in (k for k in ranks if k < full):
+        row |= {f'{n}at_{k}': float(energy_at(v, k, size).mean()) if k <= len(s) else np.nan
+                for n, v in (('', s), ('null_', r))}
     return row
 
 def spectrum_table(
@@ -163,20 +175,23 @@ def spectrum_table(
     ranks=RANKS,
     draws: int = 8,
     null: Literal['gaussian', 'permuted'] = 'gaussian',
-    device='cpu',
-) -> pd.DataFrame:                     # a row per layer
+    device='cpu',                      # where singular values are computed
+    rank: int | None = None,           # only so many of them, by a randomized SVD; None: all, exact
+) -> pd.DataFrame:                     # a row per layer; with `rank` NaN for what so few do not say
     "Spectrum of every layer's change, against random matrices."
-    s = spectra({k: d for k, (_, d) in changes.items()}, device=device)
-    rows = [spectrum_row(w, d, s[k], ranks, draws, null) for k, (w, d) in changes.items()]
+    s = spectra({k: d for k, (_, d) in changes.items()}, rank, device)
+    rows = [spectrum_row(w, d, s[k], ranks, draws, null, device) for k, (w, d) in changes.items()]
     return pd.DataFrame(rows, index=[*changes])
 
 # %% ../../nbs/analysis/82_svd.ipynb #a89df5ad
 def truncations(
     before, after,                     # as for `weights_of`
     ranks,                             # 0: matrices as before, the rest as after
+    device='cpu',                      # of the decompositions
 ) -> Iterator[tuple[int, dict]]:       # rank, state dict
     "The weights after, but every shared matrix with the best approximation of its change by a rank; for every rank."
     after = weights_of(after)
-    parts = {k: (w, torch.linalg.svd(d, full_matrices=False)) for k, (w, d) in weight_changes(before, after).items()}
+    parts = {k: (w, [v.cpu() for v in torch.linalg.svd(d.to(device), full_matrices=False)])
+             for k, (w, d) in weight_changes(before, after).items()}
     for r in ranks:
         yield r, after | {k: (w + (u[:, :r] * s[:r]) @ v[:r]).to(after[k].dtype) for k, (w, (u, s, v)) in parts.items()}

@@ -10,21 +10,21 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from .calibration import normality, radial
 from .diagnostics import diagnose, score_terms, through_blocks
 from .spatial import edge_distance, image_gradient, tail_patches, tail_size
+from ..evaluate.protocol import auroc, interval
 from ..features.pseudo import patch_masks
 from ..flow.losses import build_losses, patch_nll
 from ..parts import slot_of, use_task
 
 # %% auto #0
 __all__ = ['MEAN', 'gini', 'top_share', 'tail_factors', 'tail_loss', 'patch_gradients', 'gradient_maps', 'random_others',
-           'image_means', 'cohens_d', 'rank_biserial', 'effect', 'sweep', 'parameter_gradients',
+           'image_means', 'cohens_d', 'rank_biserial', 'mean_interval', 'effect', 'sweep', 'parameter_gradients',
            'patch_parameter_norms', 'boundary', 'resemblance', 'dilution', 'alignment', 'common_share', 'clustering',
-           'block_log_dets', 'jacobian', 'hypotheses']
+           'block_log_dets', 'jacobian', 'latent_intervals', 'hypotheses']
 
 # %% ../../nbs/analysis/81_tail_gradient.ipynb #794f9536
 def gini(
@@ -120,13 +120,28 @@ def rank_biserial(
     ranks = np.take(stats.rankdata(np.concatenate([a, b], axis), axis=axis), range(n), axis)
     return 2 * (ranks.sum(axis) - n * (n + 1) / 2) / (n * m) - 1
 
+def mean_interval(
+    values,                    # (n,)
+    units=None,                # (n,) what repeats, such as the image of each patch; None: each value
+    resamples: int = 999,      # of the bootstrap
+    seed: int = 0,
+) -> dict:                     # low, high: 95 %; NaN where a single unit cannot say
+    "Interval of a mean by the bootstrap over whole units."
+    values = np.asarray(values, float)
+    of = np.unique(np.arange(len(values)) if units is None else np.asarray(units), return_inverse=True)[1]
+    if len(np.unique(of)) < 2: return {'low': np.nan, 'high': np.nan}
+    ci = stats.bootstrap((np.bincount(of, values), np.bincount(of)), lambda s, n, axis: s.sum(axis) / n.sum(axis),
+                         paired=True, n_resamples=resamples, method='percentile',
+                         rng=np.random.default_rng(seed)).confidence_interval
+    return {'low': ci.low, 'high': ci.high}
+
 def effect(
     a, b,                      # one value per image each
     paired: bool = True,       # whether they are the same images
     resamples: int = 999,      # of the bootstrap
     seed: int = 0,
 ) -> dict:
-    "Means, Cohen's d and rank-biserial r with 95 % intervals, and p (Wilcoxon, or Mann and Whitney)."
+    "Means, Cohen's d, rank-biserial r and (paired) the difference with 95 % intervals, and p by ranks."
     a, b = np.asarray(a, float), np.asarray(b, float)
     out = {'first': a.mean(), 'second': b.mean(), 'difference': a.mean() - b.mean(), 'n': len(a)}
     with warnings.catch_warnings(), np.errstate(all='ignore'):
@@ -136,7 +151,7 @@ def effect(
                                  method='percentile', rng=np.random.default_rng(seed)).confidence_interval
             out |= {name: float(f(a, b, -1, paired)), f'{name}_low': ci.low, f'{name}_high': ci.high}
         test = stats.wilcoxon(a, b) if paired else stats.mannwhitneyu(a, b)
-    return out | {'p': float(test.pvalue)}
+    return out | (mean_interval(a - b, None, resamples, seed) if paired else {}) | {'p': float(test.pvalue)}
 
 # %% ../../nbs/analysis/81_tail_gradient.ipynb #2862414b
 def sweep(
@@ -227,6 +242,7 @@ def resemblance(
     ratio: float = .02,
     draws: int = 40,           # random sets
     rng=None, strata=None,     # as in `boundary`
+    units: dict | None = None, # name → (n,) the image of each probe, which the interval draws; None: probes
 ) -> pd.DataFrame:
     "H2: are probes nearer to the tail than to random other patches? `d`: in deviations of the null; `p`: share below."
     rng, mask = rng or np.random.default_rng(0), tail_patches(nll, ratio)
@@ -234,9 +250,11 @@ def resemblance(
     sets = [x[torch.as_tensor(m)] for m in (mask, *(random_others(mask, rng, strata) for _ in range(draws)))]
     rows = []
     for name, v in probes.items():
-        near = np.array([torch.cdist(torch.as_tensor(v), s).amin(1).mean().item() for s in sets])
+        each = np.stack([torch.cdist(torch.as_tensor(v), s).amin(1).double().numpy() for s in sets])
+        near = each.mean(1)
         rows.append({'hypothesis': 'H2', 'quantity': f'distance of {name}', 'first': near[0], 'second': near[1:].mean(),
                      'difference': near[0] - near[1:].mean(), 'n': len(v),
+                     **mean_interval(each[0] - each[1:].mean(0), (units or {}).get(name)),
                      'd': (near[0] - near[1:].mean()) / near[1:].std(ddof=1),
                      'p': (1 + (near[1:] <= near[0]).sum()) / (1 + draws)})
     return pd.DataFrame(rows)
@@ -248,7 +266,7 @@ def dilution(
     draws: int = 5,            # random sets
     rng=None, strata=None,     # as in `boundary`
 ) -> pd.DataFrame:
-    "H3: norm and direction of the weights' gradient from the tail, against random sets of as many patches."
+    "H3: norm and direction of the weights' gradient of the tail, against random sets; no means, so no interval."
     rng, rows = rng or np.random.default_rng(0), []
     mask = tail_patches(patch_gradients(detector, x, group, MEAN)['nll'].cpu().numpy(), ratio)
     sets = {'tail': mask, **{i: random_others(mask, rng, strata) for i in range(draws)}}
@@ -269,10 +287,11 @@ def alignment(
     rows = []
     for s in shares:
         k = tail_size(mean_maps[0].size, s)
-        a, b = (roc_auc_score(labels, np.sort(m.reshape(len(m), -1), 1)[:, -k:].mean(1))
-                for m in (tail_maps, mean_maps))
-        rows.append({'hypothesis': 'H4', 'quantity': f'image AUROC, top {s:.1%}', 'first': a, 'second': b,
-                     'difference': a - b, 'n': len(labels)})
+        a, b = (np.sort(m.reshape(len(m), -1), 1)[:, -k:].mean(1) for m in (tail_maps, mean_maps))
+        gap = lambda y, at: auroc(y, a[at.astype(int)]) - auroc(y, b[at.astype(int)])
+        found = interval(np.arange(len(labels)), labels, gap)        # over images, normals and defects apart
+        rows.append({'hypothesis': 'H4', 'quantity': f'image AUROC, top {s:.1%}', 'first': auroc(labels, a),
+                     'second': auroc(labels, b), **dict(zip(('difference', 'low', 'high'), found)), 'n': len(labels)})
     return pd.DataFrame(rows)
 
 def common_share(a, b) -> dict:     # of two masks (N, H, W), as many in every image
@@ -318,6 +337,16 @@ def jacobian(
     return pd.DataFrame([{'hypothesis': 'H6', 'quantity': f'log-det, {k}', 'spread': v.std(),
                           **effect(image_means(v, mask), image_means(v, other))} for k, v in parts.items()])
 
+# %% ../../nbs/analysis/81_tail_gradient.ipynb #9f4a3f8f
+def latent_intervals(
+    z,                         # (N, H, W, D)
+) -> dict:                     # quantity → low, high
+    "H7: intervals over images of those numbers of `normality` and `radial` that are means over patches."
+    r, d = (z ** 2).sum(-1), z.shape[-1]
+    terms = {'mean': z, **{f'beyond_{k}': (abs(z) > k) / (2 * stats.norm.sf(k)) for k in (2, 3)},
+             'radial_mean': r / d, 'radial_beyond_99': (r > stats.chi2.ppf(.99, d)) / .01}
+    return {k: mean_interval(v.reshape(len(z), -1).mean(1)) for k, v in terms.items()}
+
 # %% ../../nbs/analysis/81_tail_gradient.ipynb #41487d6a
 def hypotheses(
     models: dict,              # {'mean': detector, 'tail': detector}
@@ -327,29 +356,35 @@ def hypotheses(
     limit: int = 24,           # training images
     seed: int = 0,
 ) -> pd.DataFrame:             # rows with `model` and `control`: H1, H2, H3, H5, H6, H7 for each, H4 for the pair
-    "H1 to H7 for two models of one class."
+    "H1 to H7 for two models of one class; `low`, `high`: of the difference, or of `first` where nothing is compared."
     train, test = features.where(split='train', label=0), features.where(split='test')
     x, shown = train.batch(slice(0, limit)), train.images(slice(0, limit))
     bad, labels, y = patch_masks(test).numpy(), test.index['label'].to_numpy(), test.batch(slice(None)).cpu().numpy()
     pick = lambda v, n=400: v[np.linspace(0, len(v) - 1, min(n, len(v))).astype(int)]
-    probes = {'defects': pick(y[bad]), 'normals': pick(y[labels == 0].reshape(-1, y.shape[-1]))}
+    good = np.broadcast_to((labels == 0)[:, None, None], bad.shape)
+    probes, units = ({k: pick(v[m]) for k, m in (('defects', bad), ('normals', good))}
+                     for v in (y, np.broadcast_to(np.arange(len(y))[:, None, None], bad.shape)))
     controls, tables, maps = {'random': None, 'same border distance': edge_distance(features.grid)}, [], {}
     for name, det in models.items():
         nll, (log_dets, z) = gradient_maps(det, x, group, MEAN)['nll'], block_log_dets(det, x, group)
         for control, strata in controls.items():
             more = lambda: dict(rng=np.random.default_rng(seed), strata=strata)
-            parts = [boundary(nll, shown, ratio, **more()), resemblance(x.cpu(), nll, probes, ratio, **more()),
-                     dilution(det, x[:8], group, ratio, **more()),
+            parts = [boundary(nll, shown, ratio, **more()), dilution(det, x[:8], group, ratio, **more()),
+                     resemblance(x.cpu(), nll, probes, ratio, units=units, **more()),
                      clustering(x.cpu().numpy(), nll, ratio, **more()), jacobian(log_dets, nll, ratio, **more())[:1]]
             tables.append(pd.concat(parts).assign(model=name, control=control))
         energy, log_det = score_terms(det, test, group)
         maps[name], row = energy - log_det, diagnose(energy, log_det, labels, bad)
         latent = normality(z) | {f'radial_{k}': v for k, v in radial(z, seed).items()}
-        rows = [('H7', k, v) for k, v in latent.items()] + \
-            [('H6', k, row[k]) for k in ('patch_ap_score', 'patch_ap_energy', 'patch_ap_minus_log_det')]
-        tables.append(pd.DataFrame(rows, columns=['hypothesis', 'quantity', 'first']).assign(model=name, control=''))
-    both = common_share(*(tail_patches(m[labels == 0], ratio) for m in maps.values()))
-    pair = {'hypothesis': 'H4', 'quantity': 'overlap of the tails', 'first': both['share'], 'second': both['chance']}
+        ends = latent_intervals(z)
+        rows = [{'hypothesis': 'H7', 'quantity': k, 'first': v, **ends.get(k, {})} for k, v in latent.items()] + \
+            [{'hypothesis': 'H6', 'quantity': k, 'first': row[k]}
+             for k in ('patch_ap_score', 'patch_ap_energy', 'patch_ap_minus_log_det')]
+        tables.append(pd.DataFrame(rows).assign(model=name, control=''))
+    a, b = (tail_patches(m[labels == 0], ratio) for m in maps.values())
+    share = (a & b).sum((1, 2)) / a.sum((1, 2)) - b.mean((1, 2))
+    pair = {'hypothesis': 'H4', 'quantity': 'overlap of the tails', 'n': len(a), 'difference': share.mean(),
+            **dict(zip(('first', 'second'), common_share(a, b).values())), **mean_interval(share)}
     tables.append(pd.concat([alignment(maps['mean'], maps['tail'], labels), pd.DataFrame([pair])]))
     tables[-1] = tables[-1].assign(model='tail against mean', control='')
     return pd.concat(tables, ignore_index=True)

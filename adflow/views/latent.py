@@ -15,15 +15,14 @@ from fastcore.basics import patch
 from skimage.measure import points_in_poly
 from sklearn.decomposition import PCA
 
-from ..analysis.calibration import latents
+from ..analysis.calibration import has_latents, latents
 from ..parts import PartError, nearest
 from .living import LivingFigure
 from .scores import OpenRun, as_source, crop_patch
 from ..workbook.figures import BAD, COLOURS, SCALE
 
 # %% auto #0
-__all__ = ['INSIDE', 'SPACES', 'METHODS', 'KINDS', 'COLOUR_BY', 'sample_patches', 'has_latents', 'vectors', 'prototypes',
-           'project', 'Latent']
+__all__ = ['INSIDE', 'SPACES', 'METHODS', 'KINDS', 'COLOUR_BY', 'sample_patches', 'vectors', 'prototypes', 'project', 'Latent']
 
 # %% ../../nbs/views/951_latent.ipynb #01a4fe95
 INSIDE = .25        # share of a patch in the mask, from which on it counts as a defect
@@ -60,8 +59,6 @@ def sample_patches(
 # %% ../../nbs/views/951_latent.ipynb #fb27e73b
 SPACES = ('features', 'latents')
 
-def has_latents(run: OpenRun) -> bool: return hasattr(type(run.stage.detector), 'flow')
-
 def vectors(
     run: OpenRun,
     table: pd.DataFrame,             # of `sample_patches`
@@ -70,7 +67,7 @@ def vectors(
 ) -> np.ndarray:                     # (n, D) float32
     "What stands for each patch; image by image, so that no more than what is looked at stays in memory."
     if space not in SPACES: raise PartError(f"latent: there is no space '{space}'.{nearest(space, SPACES)}")
-    if space == 'latents' and not has_latents(run):
+    if space == 'latents' and not has_latents(run.stage.detector):
         raise PartError(f'{type(run.stage.detector).__name__} has no latents, only a flow has: look at features.')
     out = None
     for (cls, group), part in table.groupby(['class', 'group'], sort=False):

@@ -16,9 +16,11 @@ from PIL import Image
 from plotly.subplots import make_subplots
 from sklearn.metrics import roc_curve
 
+from ..analysis.calibration import has_latents, latents
 from ..evaluate.metrics import threshold_from_normals
 from ..evaluate.scoring import image_scores, pixel_maps
 from ..evaluate.stages import score_maps
+from ..flow.losses import patch_nll
 from ..memory.patchcore import nearest_members
 from ..parts import PartError
 from .living import LivingFigure, View, in_turn, link_panels, patch_cells, patch_centre
@@ -133,14 +135,24 @@ def bank(self: OpenRun, cls: str, most: int = 20_000) -> tuple:
 @patch
 def like(self: OpenRun,
     cls: str, image: int,            # test image of a class
-    row: int, column: int,           # patch
-    k: int = 4,                      # how many
+    row: int, column: int, k: int = 4,     # patch; how many neighbours
 ) -> pd.DataFrame:                   # image (of train), row, column, distance
     "The normal patches that are most like a patch of a test image."
     members, at, mean, std, _ = self.bank(cls)
     x = (self.of(cls).batch([image])[0, row, column].cpu() - mean) / std
     d, near = nearest_members(x[None], members, k)
     return pd.DataFrame(at[near[0]], columns=['image', 'row', 'column']).assign(distance=d[0].numpy())
+
+@patch
+def latent(self: OpenRun,
+    cls: str, image: int, row: int, column: int,     # patch of a test image of a class
+) -> dict:                           # ‖z‖², log-det and NLL in nats, under the image's route; empty: no flow
+    "What the flow makes of a patch."
+    if not has_latents(self.stage.detector): return {}
+    group, of = self.sent['routed_group'][self.sent['class'] == cls].iloc[image], self.of(cls)
+    both = latents(self.stage.detector, of.where(image=[of.index['image'].iloc[image]]), group)
+    z, log_det = (torch.from_numpy(x[0, row, column, None]) for x in both)
+    return {'‖z‖²': z.square().sum().item(), 'log-det': log_det.item(), 'NLL': patch_nll(z, log_det).item()}
 
 def crop_patch(
     features, image: int,            # FeatureSet, which image
@@ -178,8 +190,7 @@ class ScoreMaps(View):
         cls: str | None = None,      # class to begin with; None: the first
         smoothing=4.,                # of the overlay, as in the pixel metrics
     ):
-        self.run, self.smoothing, self.patch = run, smoothing, None
-        self.k, self.image = 3, 0
+        self.run, self.smoothing, self.patch, self.k, self.image = run, smoothing, None, 3, 0
         self.choose(cls or run.classes[0])
 
     def choose(self, cls: str):
@@ -263,7 +274,8 @@ def refresh(self: ScoreMaps, what: tuple = ('image', 'scores', 'limit')):
         if 'image' in what:
             p = self.panels()
             for name in ('image', 'mask', 'overlay'): t[name].source = p[name]
-            t['map'].z, t['patch'].x, t['patch'].y, self.near.children = p['heat'], [None], [None], []
+            t['map'].z, t['patch'].x, t['patch'].y = p['heat'], [None], [None]
+            self.near.children, self.inner.value = [], ''
             t['map'].zmin, t['map'].zmax = self.bounds
             self.living.layout.title.text = f'{self.cls}, {self.names[self.image]}'
         if 'scores' in what:
@@ -278,13 +290,15 @@ def refresh(self: ScoreMaps, what: tuple = ('image', 'scores', 'limit')):
 
 @patch
 def look(self: ScoreMaps, row: int, column: int) -> pd.DataFrame:
-    "What a click on a patch shows: its score, and the normal patches that are most like it."
+    "What a click on a patch shows: its score, its latent, and the normal patches that are most like it."
     import ipywidgets as W
     self.patch = int(row), int(column)
     near, train = self.run.like(self.cls, self.image, row, column), self.run.bank(self.cls)[-1]
     mark = next(x for x in self.living.data if x.name == 'patch')
     with self.living.batch_update():
         mark.x, mark.y = patch_centre(self.features.preprocess.size, self.features.grid, row, column)
+    terms = ', '.join(f'{k} {v:.4g}' for k, v in self.run.latent(self.cls, self.image, row, column).items())
+    self.inner.value = f"<span class='adflow-latent'>{terms or 'no latent'}</span>"
     crops = [(crop_patch(self.features, self.image, row, column), f'here: {self.maps[self.image][row, column]:.4g}')]
     crops += [(crop_patch(train, r.image, r.row, r.column), f'{r.distance:.2f}') for r in near.itertuples()]
     self.near.children = [W.VBox([W.HTML(f"<span class='adflow-near'>{text}</span>"), W.HTML(
@@ -296,7 +310,7 @@ def look(self: ScoreMaps, row: int, column: int) -> pd.DataFrame:
 def show(self: ScoreMaps):
     "Sliders, the figure, and the neighbours of a clicked patch; for JupyterLab."
     import ipywidgets as W
-    self.living, self.text, self.near = self.build(LivingFigure), W.HTML(), W.HBox()
+    self.living, self.text, self.inner, self.near = self.build(LivingFigure), W.HTML(), W.HTML(), W.HBox()
     lo, hi = float(self.scores.min()), float(self.scores.max())
     cls = W.Dropdown(options=self.run.classes, value=self.cls, description='class')
     image = W.Dropdown(options=[(n, i) for i, n in enumerate(self.names)], value=self.image, description='image')
@@ -324,7 +338,7 @@ def show(self: ScoreMaps):
     heat = next(t for t in self.living.data if t.name == 'map')
     heat.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))
     self.refresh(())
-    return W.VBox([W.HBox([cls, image]), W.HBox([k, limit]), self.text, self.living, self.near])
+    return W.VBox([W.HBox([cls, image]), W.HBox([k, limit]), self.text, self.living, self.inner, self.near])
 
 # %% ../../nbs/views/95_scores.ipynb #c1a885ff
 def as_ranks(maps: np.ndarray) -> np.ndarray:

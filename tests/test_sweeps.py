@@ -1,4 +1,5 @@
 """Sweeps: what is killed goes on, what fails is told, two at once do not step on each other, the table is the same."""
+import itertools
 import json
 import os
 import random
@@ -14,9 +15,10 @@ import pytest
 from tiny import write_experiment
 
 from adflow.sweeps import plan
-from adflow.sweeps.execute import Local, execute, result_table, state_table
+from adflow.sweeps.execute import Local, execute, progress_of, result_table, state_table
 from adflow.sweeps.mirror import Mirror
 from adflow.sweeps.plan import Sweep, SweepError, plan_table
+from adflow.sweeps.watch import remaining
 from adflow.workbook.runs import read_json, update_manifest
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(
@@ -160,6 +162,57 @@ def test_max_runs_and_disk(home):
     states = [json.loads(line)['state'] for line in (sweep.folder / 'status.jsonl').read_text().splitlines()]
     assert sorted(states) == ['done', 'done', 'new']
 
+
+def test_time_left_on_a_first_night(home, monkeypatch):
+    "No past run tells; the first that ends does, in the middle of the sweep."
+    class Timed(Fake):
+        slots = 1
+        def finished(self):
+            ended = super().finished()
+            for r in self.sweep.runs:
+                if r.name in dict(ended):
+                    update_manifest(self.sweep.final(r), minutes=7.)
+                    (self.sweep.final(r) / 'params.yaml').write_text(r.params.yaml())
+            return ended
+    monkeypatch.setattr(time, 'monotonic', itertools.count(0, 3).__next__)      # so that every turn is looked at
+    sweep, seen = sweep_of(home, seeds=[0, 1, 2]), []
+    execute(sweep, Timed(sweep, {}), lambda table: seen.append(remaining(table, 1)), say=str)
+    assert [seen[0] != seen[0], *seen[1:]] == [True, 14., 7.]
+
+def test_progress_of_a_run(tmp_path):
+    "The bar moves the share of the present cell, and knows a lower bound of the time; without it past runs tell."
+    def told(guess=float('nan'), **about):
+        (tmp_path / '.progress.json').write_text(json.dumps(dict(cell=3, cells=8, minutes=2.) | about))
+        return progress_of(tmp_path, guess)
+    bar = dict(doing='learn film', done=120, of=480, left='1:01:30', loss=351.2)
+    p = told(**bar)
+    assert (p['doing'], p['progress'], p['left'], p['loss']) == ('learn film 120/480', 3.25 / 8, 61.5, 351.2)
+    assert told(5., **bar)['left'] == 61.5 and told(90., **bar)['left'] == 88.
+    assert told(5.)['left'] == 3. and told(1.)['left'] == 0. and told(5., **bar | dict(left='?'))['left'] == 3.
+    assert told()['left'] != told()['left'] and told(**bar | dict(doing=''))['progress'] == 3 / 8
+
+
+@pytest.mark.parametrize('mask, gpus, want', [
+    ('', 'auto', ['0', '1']), ('4,5', 'auto', ['4', '5']), ('4,5', '1', ['5']), ('4,5', '0,1', ['4', '5']),
+    ('GPU-8932f937,GPU-1ab2c3d4', [1], ['GPU-1ab2c3d4']), ('', '1', ['1'])])
+def test_runs_keep_to_the_gpus_that_are_ours(tmp_path, monkeypatch, mask, gpus, want):
+    "What a run finds in its environment, where two GPUs are visible."
+    monkeypatch.setattr('adflow.sweeps.execute.gpu_count', lambda: 2)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', mask)
+    monkeypatch.delenv('CUDA_DEVICE_ORDER', raising=False)
+    local = Local(gpus)
+    show = 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("CUDA_DEVICE_ORDER"))'
+    for i in range(local.slots): local.start(str(i), [sys.executable, '-S', '-c', show], tmp_path / str(i))
+    while local.running: local.finished()
+    order = None if mask else 'PCI_BUS_ID'              # who wrote a mask counted in an order of his own
+    assert [(tmp_path / str(i)).read_text() for i in range(local.slots)] == [f'{w} {order}\n' for w in want]
+
+def test_gpus_that_are_not_ours(monkeypatch):
+    monkeypatch.setattr('adflow.sweeps.execute.gpu_count', lambda: 2)
+    for mask, gpus, said in (('4,5', '4,5', r'\[4, 5\] are not there: this machine has 2 .*=4,5: numbers are places'),
+                             ('', '2', r'\[2\] are not there: this machine has 2\.'), ('', '0;1', 'expected numbers')):
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', mask)
+        with pytest.raises(SweepError, match=said): Local(gpus)
 
 @pytest.mark.parametrize('url', ['memory://{}', 'file://{}'])
 def test_a_mirror(home, url):

@@ -86,6 +86,14 @@ def test_plan_and_dry_run(home, capsys):
     assert "executor 'local' takes no 'address'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('text', ['base: ../tiny/base.yaml  # Größe'.encode('latin-1'), b'\xff\xfeb\x00'])
+def test_a_sweep_that_is_no_text(home, capsys, text):
+    from adflow.cli import main
+    (home / 'params/sweeps/s.yaml').write_bytes(text)
+    assert main(command(home, '--dry-run')[3:]) == 2
+    said = capsys.readouterr().err
+    assert 's.yaml: no UTF-8 text: ' in said and 'Save it as UTF-8.' in said and 'Traceback' not in said
+
 BUILT_IN = sorted((Path(__file__).resolve().parents[1] / 'params/sweeps').glob('*.yaml'))
 
 @pytest.mark.parametrize('file', BUILT_IN, ids=lambda f: f.stem)
@@ -250,10 +258,12 @@ def test_a_mirror_in_trouble_stops_no_run(home):
 
 @pytest.mark.slow
 def test_failures_are_told(home):
+    "What the notebook raises is a failure of the run; where memory ran out it is the machine's, and the run goes on later."
     sweep = sweep_of(home, variants={'good': {}, 'raises': {'fail': 'value'}, 'memory': {'fail': 'memory'}})
-    p = subprocess.run(command(home), env=ENV, capture_output=True, text=True, timeout=300)
+    p = subprocess.run(command(home, '--retries', '0'), env=ENV, capture_output=True, text=True, timeout=300)
     assert p.returncode == 1 and 'ValueError: as you asked' in p.stdout and 'CUDA out of memory' in p.stdout
     assert '1 done, 2 failed, 0 left' in p.stdout and found(sweep) == expected(sweep)[:1]
+    assert [sweep.state(r) for r in sweep.runs] == ['done', 'failed', 'killed']
     kept = sweep.partial(sweep.runs[1]) / 'notebook.ipynb'
     assert str(kept) in p.stdout and kept.is_file()
 
@@ -367,9 +377,48 @@ def test_stopping_leaves_nothing_behind(home):
     assert [sweep.state(r) for r in sweep.runs] == ['killed', 'killed']
     assert pd.notna(state_table(sweep, plan_table(sweep))['state']).all()
 
+@pytest.mark.parametrize('options, said', [
+    (['--gpus', '0,1,4,5'], 'gpus is how many each run takes: a number such as 1 or 0.5, none, or auto'),
+    (['--gpus', '-1'], 'gpus is how many each run takes'), (['--cpus', '0'], 'cpus=0.0 of each run must be above 0')])
+def test_options_of_ray_are_told(home, capsys, options, said):
+    "Before a cluster is even asked."
+    from adflow.cli import main
+    sweep_of(home, seeds=[0])
+    assert main(command(home)[3:-4] + ['--executor', 'ray', *options]) == 2
+    assert said in capsys.readouterr().err
+
+def test_what_ray_says(home):
+    "A lost machine is tried again; a task that raises of itself is told with its cause, and is not."
+    ray = pytest.importorskip('ray', reason="ray is not installed: pip install 'adflow[ray]'")
+    from adflow.sweeps.cluster import Ray
+    errors = ray.exceptions
+    class Cluster:                                                       # references are what comes of them
+        exceptions = errors
+        def get(self, ref):
+            if isinstance(ref, Exception): raise ref
+            return ref
+        def wait(self, refs, num_returns, timeout): return refs, []
+    sweep = sweep_of(home, seeds=[0, 1, 2])
+    a, b, c = [r.name for r in sweep.runs]
+    elsewhere = errors.RayTaskError('run_command', 'Traceback …', FileNotFoundError(2, 'No such file', '/far/log'))
+    coming = {a: [errors.WorkerCrashedError(), errors.NodeDiedError('node gone')] * 2,
+              b: [elsewhere.as_instanceof_cause()], c: [errors.RuntimeEnvSetupError('no pip')]}
+    asked, executor = [], Ray.__new__(Ray)
+    executor.ray, executor.running, executor.most = Cluster(), {}, 1
+    executor.need, executor.ray.cluster_resources = {'CPU': 1.}, lambda: {'CPU': 3}
+    executor.start = lambda n, _, log: (asked.append(n), executor.running.update({n: (coming[n].pop(0), log)}))
+    said = []
+    out = execute(sweep, executor, say=said.append)
+    assert [asked.count(n) for n in (a, b, c)] == [4, 1, 1] and not out.done
+    why, log = out.failed[b]
+    assert "Ray could not start the run: FileNotFoundError: [Errno 2] No such file: '/far/log'. Does every" in why
+    assert why in ' '.join(log.read_text().split()) and sum('killed' in s for s in said) == 4
+    assert 'RuntimeEnvSetupError' in out.failed[c][0] and 'NodeDiedError' in out.failed[a][0]
+
 @pytest.mark.slow
-def test_a_cluster_loses_a_node(home, monkeypatch):
-    "Two machines of one slot each; one is killed in the middle of its run. The table is that of an undisturbed sweep."
+def test_a_cluster_loses_a_node(home, monkeypatch, capsys):
+    """Two machines of one slot each; one is killed in the middle of its run. The table is that of an undisturbed sweep.
+    Then by the command, on the machine that is left, where a run whose log has no folder has failed at once."""
     ray = pytest.importorskip('ray', reason="ray is not installed: pip install 'adflow[ray]'")
     from ray.cluster_utils import Cluster
     from adflow.sweeps.cluster import Ray
@@ -390,6 +439,15 @@ def test_a_cluster_loses_a_node(home, monkeypatch):
         assert gone and sum('killed' in s for s in said) >= 1
         assert len(out.done) == 4 and not out.failed and found(sweep) == expected(sweep)
         assert max(len(read_json(sweep.final(r) / 'manifest.json')['starts']) for r in sweep.runs) > 1
+        executor.start('x', ['python', '-c', ''], home / 'nowhere/log')
+        ray.wait([executor.running['x'][0]], timeout=60)
+        assert executor.finished() == [('x', 2)]
+        from adflow.cli import main
+        more, call = sweep_of(home, name='t', seeds=[4]), command(home, name='t')[3:-4]
+        call += ['--executor', 'ray', '--address', cluster.address, '--gpus', 'none']
+        assert main([*call, '--cpus', '9']) == 2 and 'a run wants 9.0 CPU, the whole' in capsys.readouterr().err
+        assert main([*call, '--cpus', '1']) == 0 and found(more) == expected(more)
+        assert '1 done, 0 failed, 0 left' in capsys.readouterr().out
     finally:
         ray.shutdown()
         cluster.shutdown()

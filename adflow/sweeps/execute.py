@@ -259,7 +259,7 @@ def end(self: Execution, r: Planned, code: int):
         return self.waiting.append(r)
     if code < 0 or code >= 128:
         self.tries[r.name] = self.tries.get(r.name, 0) + 1
-        self.tell('killed', r)
+        self.tell('killed', r, read_json(self.sweep.partial(r)/'manifest.json').get('error') or '')
         if self.tries[r.name] <= self.retries: return self.waiting.insert(0, r)
     self.out.failed[r.name] = why, _ = explain(self.sweep, r, self.log(r), code, self.since.get(r.name, 0))
     self.tell('FAILED', r, why)

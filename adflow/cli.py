@@ -25,7 +25,7 @@ def _sweep(args) -> int:
     importlib.import_module('adflow.sweeps.cluster')        # registers ray
     sweep = Sweep(args.params, args.outputs, args.set, args.name)
     plan = plan_table(sweep)
-    chosen = {k: v for k in ('gpus', 'workers', 'threads', 'address') if (v := getattr(args, k)) is not None}
+    chosen = {k: v for k in ('gpus', 'cpus', 'workers', 'threads', 'address') if (v := getattr(args, k)) is not None}
     executor = EXECUTORS.build({'name': args.executor, **chosen})
     mirror = importlib.import_module('adflow.sweeps.mirror').Mirror(args.mirror) if args.mirror else None
     _print_table(plan[[k for k in plan if plan[k].notna().any() and (k != 'other versions' or plan[k].any())]])
@@ -290,7 +290,9 @@ def _sweep_options(c):
     c.add_argument('--min-free', type=float, default=.5, help='GiB that must be free on the disk (default: 0.5)')
     c.add_argument('--mirror', metavar='URL', help='copy finished runs there, take them from there: any fsspec path')
     c.add_argument('--executor', default='local', help='where: adflow parts executor (default: local)')
-    c.add_argument('--gpus', help='which, such as 0,1,4,5; auto: all; none: the CPU')
+    c.add_argument('--gpus', help='which, such as 0,1,4,5 (places in CUDA_VISIBLE_DEVICES, where that is set); auto: '
+                                  'all; none: the CPU. For ray: how many each run takes')
+    c.add_argument('--cpus', type=float, help='how many each run takes, for ray (default: 1)')
     c.add_argument('--workers', type=int, help='runs at a time on each GPU, or on the CPU')
     c.add_argument('--threads', type=int, help='of each run')
     c.add_argument('--address', help='of a cluster, for ray')

@@ -38,6 +38,37 @@ MoLEFlow(dim=4, grid=(4, 4), context='none', couplings=1, dia_blocks=0).learn(Ta
 loss = trainer.history[-1]['loss']
 run.metrics(pd.DataFrame([dict(stage=0, task='a', routed=True, image_auroc=loss)]))
 ''']
+LEARNED = ['''
+how: str = 'not'   # memory ends: device, machine, not
+full: str = ''     # while this file is there
+seed: int = 0      # none
+run_dir: str = ''  # set by the launcher
+''', '''
+import pandas as pd, torch
+from pathlib import Path
+from adflow.continual.learner import Learner
+from adflow.continual.routing import ROUTERS
+from adflow.continual.tasks import make_tasks
+from adflow.continual.trainer import Trainer
+from adflow.features.store import from_arrays
+from adflow.flow.moleflow import MoLEFlow
+from adflow.workbook.runs import Run
+run = Run(run_dir)
+x = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+features = from_arrays(x, pd.DataFrame({'class': ['a'] * 8 + ['b'] * 8}))
+class Small(Trainer):
+    def step(self, detector, *args, **state):
+        if len(self.history) == 4 and state['step'] == 3 and Path(full).is_file():        # task b, in its second epoch
+            if how == 'device': raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.')
+            if how == 'machine': torch.empty(2**50, dtype=torch.uint8)
+        with open(run.path/'steps.txt', 'a') as f: f.write(f"{len(self.history)} {state['step']}\\n")
+        return super().step(detector, *args, **state)
+trainer = Small(epochs=3, batch_size=4, lr=1e-3, checkpoint_seconds=-1, progress=False)
+flow = MoLEFlow(dim=4, grid=(4, 4), context='none', couplings=1, dia_blocks=1)
+last = [*Learner(flow, ROUTERS.build('oracle'), trainer, features, run.checkpoint).stages(make_tasks('ab', '1-1'))][-1]
+apart = float(last.detector.score(x, 'b').double().mean())
+run.metrics(pd.DataFrame([dict(stage=1, task='b', routed=True, image_auroc=apart)]))
+''']
 STORED = ['''
 root: str = ''     # of the images
 cache: str = ''    # of the features
@@ -125,6 +156,29 @@ def test_a_run_that_diverges(home):  # noqa: F811
     assert said.count('FAILED') == 1
     out, said = run_all(sweep)                                # told again, not tried again
     assert list(out.failed.values()) == [(why, kept)] and 'starts' not in said and len(out.done) == 1
+
+@pytest.mark.slow
+def test_out_of_memory(home):  # noqa: F811
+    """On the device (planted) and on the machine (a petabyte is really asked for), in the middle of a real training.
+    Nothing is lost: the same command, no --retry-failed, goes on at the very step, and the numbers are the same."""
+    full = home / 'others-use-the-memory'
+    full.touch()
+    sweep = sweep_of(home, base=experiment(home, 'learned', LEARNED), sets={'full': str(full)},
+                     grid={'how': ['device', 'machine', 'not']})
+    out, said = run_all(sweep, retries=0)
+    assert [sweep.state(r) for r in sweep.runs] == ['killed', 'killed', 'done']
+    for r, word in zip(sweep.runs, ('OutOfMemoryError: CUDA out of memory. Tried to', "RuntimeError: [enforce fail")):
+        why, kept = out.failed[r.name]
+        assert word in why and 'on another GPU (--gpus), the same command goes on' in why and kept.is_file(), why
+        assert 'with a smaller batch (--set batch_size=…) it is another run' in why and why in said
+        assert (sweep.partial(r) / 'checkpoint/current').is_file()
+    full.unlink()
+    out, said = run_all(sweep)
+    assert len(out.done) == 3 and said.count('resumes') == 2
+    steps = [(sweep.final(r) / 'steps.txt').read_text().split('\n') for r in sweep.runs]
+    assert steps[0] == steps[1] == steps[2] and len(set(steps[0])) == len(steps[0]) == 2 * 3 * 2 + 1      # each once
+    assert [len(read_json(sweep.final(r) / 'manifest.json')['starts']) for r in sweep.runs] == [2, 2, 1]
+    assert len(found(sweep)) == 3 and len(set(found(sweep))) == 1
 
 def interrupted(sweep):
     "The folder of the first run, as a kill after its second step leaves it."

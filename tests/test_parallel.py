@@ -71,6 +71,41 @@ FLOWS = {
     'branches': dict(branches='improved_dual_branch'),
 }
 
+# --------------------------------------------------------------------------------------------------------- the bar
+class Bar:
+    "Notes what a bar of tqdm is told, and when."
+    def __init__(self, total=0, **_): self.total, self.n, self.losses = total, 0, {}
+    def update(self, n=1): self.n += n
+    def set_postfix(self, loss, refresh): self.losses[self.n] = loss
+    def close(self): pass
+
+@pytest.mark.parametrize('parallel, waits', [('none', False), ('none', True), ('batched', None)])
+def test_the_loss_arrives_at_the_bar(monkeypatch, parallel, waits):
+    """Every step's on a CPU; the last one of each epoch where nothing waits for the device; of tasks trained together,
+    the mean of an epoch's means."""
+    made = []
+    for where in ('trainer', 'batched'):
+        monkeypatch.setattr(f'adflow.continual.{where}.tqdm', lambda **kw: made.append(Bar(**kw)) or made[-1])
+    one = learner(parallel, trainer={'progress': True})
+    one.trainer.waits = waits
+    history = list(one.stages(SINGLE))[-1].history
+    losses = {t.name: [h['loss'] for h in history if h['task'] == t.name] for t in SINGLE}
+    assert all(b.n == b.total for b in made) and len(made) == (4 if parallel == 'none' else 2)
+    assert [b.total for b in made[:1]] == [3 * 2]              # three epochs of two batches of task a
+    if parallel == 'none':
+        for b, told in zip(made, losses.values()):
+            steps = b.total // 3
+            at = [steps * (e + 1) for e in range(3)]
+            if steps == 1: assert list(b.losses.values())[-1] == f'{told[-1]:.1f}'
+            if waits: assert list(b.losses) == at
+            else:
+                assert set(range(b.total)) <= set(b.losses)
+                means = [sum(float(b.losses[i]) for i in range(n - steps, n)) / steps for n in at]
+                assert means == pytest.approx(told, abs=.06)
+    else:
+        last = [told[-1] for name, told in losses.items() if name != SINGLE[0].name]
+        assert len(last) == 3 and list(made[1].losses.values())[-1] == f'{sum(last) / 3:.1f}'
+
 # ------------------------------------------------------------------------------------------------------------ batched
 @pytest.mark.parametrize('name', FLOWS)
 def test_batched_equals_one_after_the_other(name):

@@ -22,6 +22,7 @@ from adflow.analysis.calibration import conformal_p
 from adflow.data.synthetic import write_embedded
 from adflow.parts import Detector, PartError
 from adflow.predict.calibration import remember
+from adflow.predict import files
 from adflow.predict.files import score_files
 from adflow.predict.score import load
 from adflow.workbook.params import find_experiment, resolve, to_yaml
@@ -288,9 +289,51 @@ def test_onnx_agrees_on_real_images(family, tmp_path, capsys):
         assert np.abs(scores - ours['score']).max() / unit < 1e-4
         assert json.loads(meta['limit'])[cls] == pytest.approx(ours['limit'][0])
 
+def test_what_a_cluster_is_given_and_gives_back(bank, tmp_path, monkeypatch):
+    """Without a cluster: workers that are handed JSON-able batches and answer in any order. The table is that of one
+    process; what is known is kept; contents are read in the workers, not in the process that gathers."""
+    from adflow.predict.cluster import OnRay
+    path, study, stage = bank
+    (folder := tmp_path/'images').mkdir()
+    for i, f in enumerate(known(study, stage)[0]['image'][:5]): shutil.copy(f, folder/f'{i}.png')
+    (folder/'x.png').write_text('no image')
+    inside, real = [], files.content_of
+    def content_of(f):
+        assert inside, f'{f} is read by the driver'
+        return real(f)
+    monkeypatch.setattr(files, 'content_of', content_of)
+    class Data:
+        def from_items(self, items, override_num_blocks):
+            self.items = json.loads(json.dumps(items))
+            assert 1 <= override_num_blocks <= len(items)
+            return self
+        def map(self, worker, fn_constructor_args, num_gpus, compute):
+            self.made = worker(*fn_constructor_args)
+            return self
+        def iter_rows(self):
+            for item in reversed(self.items):
+                inside.append(item)
+                made = self.made(item)
+                inside.clear()
+                yield made
+        def ActorPoolStrategy(self, size): return size
+    on = OnRay.__new__(OnRay)
+    on.ray, on.gpus, on.workers = type('ray', (), {'data': Data()}), 0., 2
+    predictor, how = load(path, device='cpu'), dict(batch_size=2, part=2, progress=False)
+    many = score_files(predictor, folder, tmp_path/'many', scorer=on, **how)
+    again = score_files(predictor, folder, tmp_path/'many', scorer=on, **how)
+    plain = score_files(predictor, folder, tmp_path/'no', pictures=False, scorer=on, **how)
+    monkeypatch.undo()
+    one = score_files(predictor, folder, tmp_path/'one', **how)
+    for table in (many, again): pd.testing.assert_frame_equal(one, table, rtol=1e-6)
+    assert (many.attrs['kept'], again.attrs['kept']) == (0, 5) and plain['picture'].isna().all()
+    drawn = [sorted(p.relative_to(tmp_path/n) for p in (tmp_path/n).rglob('*.png')) for n in ('one', 'many', 'no')]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 5 and not drawn[2]
+
 @pytest.mark.slow
-def test_score_on_a_ray_cluster(bank, tmp_path, capsys):
-    "Two workers write the table and the pictures that one process writes; a file that is no image is among them."
+def test_score_on_a_ray_cluster(bank, tmp_path, capsys, monkeypatch):
+    """Two workers write the table and the pictures that one process writes; a file that is no image is among them.
+    Given again, they keep what is known, by contents that this process never reads."""
     ray = pytest.importorskip('ray', reason="ray is not installed: pip install 'adflow[ray]'")
     folder = tmp_path/'images'
     folder.mkdir()
@@ -299,7 +342,17 @@ def test_score_on_a_ray_cluster(bank, tmp_path, capsys):
     try:
         for name, more in (('one', []), ('many', ['--executor', 'ray', '--address', 'local', '--workers', '2'])):
             code, out, err = said(capsys, 'score', bank[0], folder, '--to', tmp_path/name, '--batch-size', 2, *more)
-            assert code == 1 and '6 of 7 images scored' in out and 'x.png' in err
+            assert code == 1 and '6 of 7 images scored (0 kept' in out and 'x.png' in err
+            before = {f: f.stat().st_mtime_ns for f in (tmp_path/name).rglob('*.png')}
+            def unread(file): raise AssertionError(file)
+            monkeypatch.setattr('adflow.predict.files.content_of', unread)
+        shutil.copy(folder/'5.png', folder/'x.png')
+        code, out, err = said(capsys, 'score', bank[0], folder, '--to', tmp_path/'many', '--batch-size', 2, *more)
+        assert code == 0 and '7 of 7 images scored (7 kept' in out
+        assert all(f.stat().st_mtime_ns == t for f, t in before.items())
+        (folder/'x.png').write_text('no image')
+        code, out, err = said(capsys, 'score', bank[0], folder, '--to', tmp_path/'many', '--batch-size', 2, *more)
+        assert code == 1 and '6 of 7 images scored (6 kept' in out
     finally: ray.shutdown()
     one, many = (pd.read_parquet(tmp_path/n/'scores.parquet') for n in ('one', 'many'))
     pd.testing.assert_frame_equal(one, many, rtol=1e-6)

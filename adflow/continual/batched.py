@@ -5,6 +5,7 @@
 # %% ../../nbs/continual/682_batched.ipynb #4be6dd75
 from __future__ import annotations
 import copy, inspect, math, warnings
+from statistics import fmean
 
 import torch
 from fastcore.basics import patch
@@ -212,6 +213,8 @@ def train(self: Batched, learner, tasks, parts):
     for step in range(max((l.course.steps for l in learning), default=0)):
         live = [l for l in learning if step < l.course.steps]
         self.one_step(trainer, opt, stacked, live, learning, step)
+        if any(not l.logs for l in live):                        # the end of an epoch: its losses were read
+            bar.set_postfix(loss=f"{fmean(l.history[-1]['loss'] for l in learning if l.history):.1f}", refresh=False)
         bar.update(len(live))
     bar.close()
     if moved := changed(shared, detector):

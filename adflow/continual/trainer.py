@@ -21,7 +21,7 @@ from ..features.pseudo import batches_of_defects
 from ..parts import PartError, lr_scales, slot_of
 
 # %% auto #0
-__all__ = ['batches', 'step_seed', 'by_group', 'Course', 'pack_optimizer', 'unpack_optimizer', 'Trainer']
+__all__ = ['batches', 'step_seed', 'by_group', 'Course', 'pack_optimizer', 'unpack_optimizer', 'Trainer', 'show_loss']
 
 # %% ../../nbs/continual/679_trainer.ipynb #f6e8d02a
 def batches(
@@ -229,6 +229,10 @@ def fit(self: Trainer, detector, task, features):
     strategy.finish(detector, task, features, course.generator(course.epochs))
     detector.eval()
 
+def show_loss(bar, logs: list[dict]):
+    "The newest loss beside a bar, if it was read: on a device that is at the end of an epoch, since nothing waits."
+    if logs and isinstance(logs[-1]['loss'], float): bar.set_postfix(loss=f"{logs[-1]['loss']:.1f}", refresh=False)
+
 @patch
 def epochs_of(self: Trainer, detector, course, slots, state):
     "The epochs of a task, from a state on."
@@ -254,14 +258,15 @@ def epochs_of(self: Trainer, detector, course, slots, state):
                 detector, opt, params, draw(course.features, at, detector, g), group,
                 lambda loss: course.diverged(loss, epoch, n, at), generator=g, step=step,
                 progress=step / course.steps, defects=defects(group, images, g)))
+            show_loss(bar, logs)
             bar.update()
-            if isinstance(logs[-1]['loss'], float): bar.set_postfix(loss=f"{logs[-1]['loss']:.1f}", refresh=False)
             if self.save and time.monotonic() - saved > self.checkpoint_seconds:
                 course.read(logs, plan, epoch)
                 tensors, numbers = pack_optimizer(opt, params)
                 self.save({'epoch': epoch, 'step': n + 1, 'logs': logs, 'optimizer': numbers}, tensors)
                 saved = time.monotonic()
         course.read(logs, plan, epoch)
+        show_loss(bar, logs)
         self.history.append(course.row(epoch, logs))
         state = {'step': 0, 'logs': []}
     bar.close()

@@ -4,12 +4,12 @@
 
 # %% ../../nbs/predict/983_cluster.ipynb #24e6b483
 from __future__ import annotations
-import json, logging
+import json, logging, math
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..cluster import connect
-from .files import score_some
+from .files import earlier, score_some
 from .score import load
 
 # %% auto #0
@@ -17,15 +17,15 @@ __all__ = ['Worker', 'OnRay']
 
 # %% ../../nbs/predict/983_cluster.ipynb #2c85bc06
 class Worker:
-    "A predictor in a worker's memory: paths in, rows out."
-    def __init__(self, run, false_alarms, device, cls, to):
-        self.predictor, self.cls, self.to = load(run, false_alarms, device), cls, Path(to)
+    "A predictor in a worker's memory, and what is known from before: paths in, rows out."
+    def __init__(self, run, false_alarms, device, cls, to, root):
+        self.predictor, self.cls, self.to, self.root = load(run, false_alarms, device), cls, Path(to), root
+        self.old = earlier(self.to, self.predictor, cls)
 
     def __call__(self,
-        batch: dict,             # at, images (paths), places (of pictures, '' for none)
+        batch: dict,             # at (its number), images (paths)
     ) -> dict:                   # at, rows: JSON
-        places = [p or None for p in batch['places']]
-        rows = score_some(self.predictor, list(batch['images']), self.cls, self.to, places)
+        rows = score_some(self.predictor, list(batch['images']), self.cls, self.to, self.root, self.old)
         return {'at': batch['at'], 'rows': json.dumps(rows, default=lambda _: None)}      # NA: None
 
 class OnRay:
@@ -41,15 +41,14 @@ class OnRay:
         self.gpus = float(there.get('GPU', 0) > 0)
         self.workers = workers or int(there['GPU'] if self.gpus else there['CPU'])
 
-    def __call__(self, predictor, batches, cls, to, places) -> Iterator[tuple[list, list]]:
-        items = [dict(at=i, images=[str(Path(f).resolve()) for f in b], places=[p or '' for p in w])
-                 for i, (b, w) in enumerate(zip(batches, places))]
-        if not items: return
-        where = str(Path(to).resolve())
-        about = str(predictor.path), predictor.false_alarms, 'auto' if self.gpus else 'cpu', cls, where
-        data = self.ray.data.from_items(items, override_num_blocks=len(items)).map(
+    def __call__(self, predictor, batches, cls, to, root) -> Iterator[tuple[int, list]]:
+        items = [dict(at=i, images=[str(Path(f).resolve()) for f in b]) for i, b in enumerate(batches)]
+        device, where = 'auto' if self.gpus else 'cpu', str(Path(to).resolve())
+        about = str(predictor.path.resolve()), predictor.false_alarms, device, cls, where, root
+        blocks = max(4 * self.workers, math.ceil(len(items) / 16))          # what a worker is handed at once
+        data = self.ray.data.from_items(items, override_num_blocks=min(blocks, len(items))).map(
             Worker, fn_constructor_args=about, num_gpus=self.gpus,
             compute=self.ray.data.ActorPoolStrategy(size=min(self.workers, len(items))))
         for made in data.iter_rows():
-            batch = batches[made['at']]
-            yield batch, [row | {'image': str(f)} for f, row in zip(batch, json.loads(made['rows']))]
+            at = made['at']
+            yield at, [row | {'image': str(f)} for f, row in zip(batches[at], json.loads(made['rows']))]

@@ -17,7 +17,7 @@ from .score import RESULTS, Predictor, as_table
 from ..workbook.runs import write_file
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'find_images', 'content_of', 'score_some', 'in_turn', 'score_files']
+__all__ = ['SUFFIXES', 'find_images', 'content_of', 'earlier', 'score_some', 'in_turn', 'score_files']
 
 # %% ../../nbs/predict/982_files.ipynb #60fa02fd
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
@@ -46,8 +46,12 @@ def content_of(path) -> str:
 # %% ../../nbs/predict/982_files.ipynb #11d4d2cc
 _KEYS = ('content', 'learned', 'told', 'picture', 'drawn_for')   # drawn_for: the limit that was the picture's scale
 
-def _earlier(to: Path, predictor, told) -> dict:
-    "(content) → row of what was scored before by the same state, parts of a killed run included."
+def earlier(
+    to: Path,                  # folder of the results
+    predictor: Predictor,
+    told: str | None,          # what the images were said to be
+) -> dict:                     # content → row
+    "What was scored before by the same state, parts of a killed run included."
     tables = []
     for f in [to/'scores.parquet', *sorted((to/'.parts').glob('*.parquet'))]:
         try: tables.append(pd.read_parquet(f))
@@ -73,19 +77,28 @@ def score_some(
     images: list,                  # paths
     cls: str | None,               # what they all are, where it is known
     to: Path,                      # folder of the results
-    places: list,                  # of each: where its picture goes, below `to`; None: no picture
-) -> list[dict]:                   # the row of each, without its map
-    "Scores one batch and draws its pictures."
-    rows = predictor.score_batch(images, cls, any(places)).drop(columns='map').to_dict('records')
-    for place, row in zip(places, rows):
+    root: Path | None,             # which pictures are named from; None: no pictures
+    old: dict,                     # as from `earlier`
+) -> list[dict]:                   # of each: what the table says of it, and whether it was `kept`
+    "The rows of one batch: of a content that is known as it was, of the others scored, with their pictures drawn."
+    contents = [content_of(f) for f in images]
+    places = [root and f'maps/{Path(f).resolve().relative_to(root).as_posix()}.png' for f in images]
+    rows = [_kept(predictor, old.get(c), cls, to, p) for c, p in zip(contents, places)]
+    todo = [i for i, r in enumerate(rows) if r is None]
+    made = predictor.score_batch([images[i] for i in todo], cls, bool(root)).drop(columns='map') if todo else None
+    for i, row in zip(todo, made.to_dict('records') if todo else ()):
         if (drawn := row.pop('picture', None)) is not None:
-            _draw(to/place, drawn)
-            row |= {'picture': place, 'drawn_for': row['limit']}
-    return rows
+            _draw(to/places[i], drawn)
+            row |= {'picture': places[i], 'drawn_for': row['limit']}
+        rows[i] = row | dict(learned=predictor.about['learned'], told=cls or '')
+    rows = [r | dict(image=str(f), content=c, kept=i not in todo)
+            for i, (r, f, c) in enumerate(zip(rows, images, contents))]
+    return as_table(rows, (*_KEYS, 'kept')).to_dict('records')
 
-def in_turn(predictor, batches, cls, to, places):
-    "Scores batches here, one after the other: yields each with its rows."
-    for images, where in zip(batches, places): yield images, score_some(predictor, images, cls, to, where)
+def in_turn(predictor, batches, cls, to, root):
+    "Scores batches here, one after the other: yields the number of each and its rows."
+    old = earlier(to, predictor, cls)
+    for i, images in enumerate(batches): yield i, score_some(predictor, images, cls, to, root, old)
 
 def score_files(
     predictor: Predictor,
@@ -96,7 +109,7 @@ def score_files(
     batch_size: int = 16,          # images
     part: int = 256,               # images between two writes
     progress: bool = True,
-    scorer=in_turn,                # what takes the batches and yields them, in any order, with their rows
+    scorer=in_turn,                # what takes the batches and yields their numbers, in any order, with their rows
 ) -> pd.DataFrame:                 # as written: `RESULTS`, content, learned, told, picture, drawn_for; attrs: kept
     "Scores files, keeps what was scored before, and writes all at once."
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
@@ -104,27 +117,23 @@ def score_files(
     predictor.check([cls])
     given = [Path(p).expanduser().resolve() for p in paths]
     root = Path(os.path.commonpath([p if p.is_dir() else p.parent for p in given]))
-    place = {f: f'maps/{f.resolve().relative_to(root).as_posix()}.png' if pictures else None for f in files}
-    bar = tqdm(files, desc='contents', unit='image', disable=not progress, leave=False)
-    content, old, rows, fresh = {f: content_of(f) for f in bar}, _earlier(to, predictor, cls), {}, []
-    for f in files:
-        if row := _kept(predictor, old.get(content[f]), cls, to, place[f]): rows[f] = row | {'image': str(f)}
-    kept = len(rows)
     (to/'.parts').mkdir(parents=True, exist_ok=True)
     number = len(list((to/'.parts').glob('*.parquet')))
-    todo = [f for f in files if f not in rows]
-    common = dict(learned=predictor.about['learned'], told=cls or '')
-    batches = [todo[i:i + batch_size] for i in range(0, len(todo), batch_size)]
-    with tqdm(total=len(files), initial=len(rows), desc='score', unit='image', disable=not progress) as bar:
-        for batch, made in scorer(predictor, batches, cls, to, [[place[f] for f in b] for b in batches]):
-            for f, row in zip(batch, made):
-                rows[f] = row | common | {'content': content[f]}
-                fresh.append(rows[f])
-            if len(fresh) >= part:
-                write_file(to/'.parts'/f'{number:06}.parquet', as_table(fresh, _KEYS).to_parquet(index=False))
-                number, fresh = number + 1, []
-            bar.update(len(batch))
-    table = as_table([rows[f] for f in files], _KEYS)
+    batches = [files[i:i + batch_size] for i in range(0, len(files), batch_size)]
+    tables, rows, fresh, columns = [], [], 0, (*_KEYS, 'kept', 'at')
+    with tqdm(total=len(files), desc='score', unit='image', disable=not progress) as bar:
+        for i, made in scorer(predictor, batches, cls, to, root if pictures else None):
+            rows += [r | {'at': i * batch_size + j} for j, r in enumerate(made)]
+            fresh += sum(not r['kept'] for r in made)
+            if fresh >= part or len(rows) >= 64 * part:
+                tables.append(as_table(rows, columns))
+                new = tables[-1][~tables[-1]['kept'].astype(bool)].drop(columns=['kept', 'at'])
+                if fresh: write_file(to/'.parts'/f'{number:06}.parquet', new.to_parquet(index=False))
+                number, rows, fresh = number + 1, [], 0
+            bar.update(len(made))
+    tables = pd.concat([*tables, *[as_table(rows, columns)] * bool(rows)], ignore_index=True)
+    table = tables.sort_values('at', ignore_index=True)
+    kept, table = int(table['kept'].sum()), table.drop(columns=['kept', 'at'])
     write_file(to/'scores.parquet', table.to_parquet(index=False))
     shutil.rmtree(to/'.parts')
     table.attrs['kept'] = kept

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/sweeps/963_cluster.ipynb #aec42a85
 from __future__ import annotations
-import os, subprocess, sys
+import math, os, subprocess, sys
 from pathlib import Path
 
 from ..cluster import connect
@@ -12,9 +12,15 @@ from .execute import EXECUTORS
 from .plan import SweepError
 
 # %% auto #0
-__all__ = ['run_command', 'Ray']
+__all__ = ['tell', 'run_command', 'Ray']
 
 # %% ../../nbs/sweeps/963_cluster.ipynb #d1e89f59
+def tell(log: Path, why: str):
+    "Adds to the log of a run what the run itself could not say."
+    try:
+        with open(log, 'a', encoding='utf-8') as out: out.write(f"\nadflow: {' '.join(why.split())[:600]}\n\n")
+    except OSError: pass                             # then there is nowhere to say it
+
 def run_command(
     command: list,               # without the Python
     log: str,                    # where it prints
@@ -40,13 +46,19 @@ class Ray:
     def __init__(self,
         address: str = 'auto',       # of the cluster; local: one on this machine, for a try
         cpus: float = 1.,            # of each run
-        gpus: float | str = 'auto',  # of each run; auto: 1 if the cluster has any
+        gpus: float | str = 'auto',  # of each run, such as 1 or 0.5; none: 0; auto: 1 if the cluster has any
         workers: int = 0,            # runs at a time at most; 0: as many as fit
         threads: int = 1,            # of each run
     ):
+        try: gpus = gpus if gpus == 'auto' else 0. if gpus == 'none' else float(gpus)
+        except ValueError: gpus = -1.
+        if gpus != 'auto' and not 0 <= gpus < math.inf:
+            raise SweepError('executor ray: gpus is how many each run takes: a number such as 1 or 0.5, none, or auto. '
+                             'Which ones, Ray decides; a machine offers those in CUDA_VISIBLE_DEVICES at `ray start`.')
+        if not 0 < cpus < math.inf: raise SweepError(f'executor ray: cpus={cpus} of each run must be above 0.')
         self.ray = ray = connect(address)
         there = ray.cluster_resources()
-        self.need = {'CPU': cpus, 'GPU': float(there.get('GPU', 0) > 0) if gpus == 'auto' else float(gpus)}
+        self.need = {'CPU': cpus, 'GPU': float(there.get('GPU', 0) > 0) if gpus == 'auto' else gpus}
         if short := [f'{n} {k}' for k, n in self.need.items() if n > there.get(k, 0)]:
             raise SweepError(f"executor ray: a run wants {', '.join(short)}, the whole cluster has {there}.")
         self.most, self.threads, self.running = workers, threads, {}
@@ -64,20 +76,29 @@ class Ray:
         "Hands a command to the cluster."
         threads = {f'{k}_NUM_THREADS': str(self.threads) for k in ('OMP', 'MKL', 'OPENBLAS')}
         here = str(Path(__file__).resolve().parents[2]) if '__file__' in globals() else os.getcwd()
-        self.running[name] = self.task.remote(command[1:], str(log), threads | {'PYTHONPATH': here}, os.getcwd())
+        ref = self.task.remote(command[1:], str(log), threads | {'PYTHONPATH': here}, os.getcwd())
+        self.running[name] = ref, log
 
-    def finished(self) -> list[tuple[str, int]]:   # name, exit code; -9: its machine or worker is gone
+    def finished(self) -> list[tuple[str, int]]:   # name, exit code; -9: its machine or worker is gone; 2: cannot begin
         "The commands that ended since the last call."
-        done, _ = self.ray.wait(list(self.running.values()), num_returns=len(self.running), timeout=0) \
-            if self.running else ([], [])
-        ended = []
-        for name in [n for n, ref in self.running.items() if ref in done]:
-            try: code = self.ray.get(self.running.pop(name))
-            except (self.ray.exceptions.RayError, OSError): code = -9
-            ended.append((name, code))
-        return ended
+        refs = [ref for ref, _ in self.running.values()]
+        done = set(self.ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else ()
+        return [(n, self.code_of(*self.running.pop(n))) for n, (ref, _) in [*self.running.items()] if ref in done]
+
+    def code_of(self, ref, log: Path) -> int:
+        "The exit code of a task that ended. Without one its log says why."
+        lost = self.ray.exceptions
+        try: return self.ray.get(ref)
+        except (lost.RayTaskError, lost.RuntimeEnvSetupError, lost.TaskUnschedulableError) as e:      # it would again
+            cause = getattr(e, 'cause', None) or e
+            tell(log, f'Ray could not start the run: {type(cause).__name__}: {cause}. Does every machine see '
+                      f'{log.parent}, and have this adflow?')
+            return 2
+        except lost.RayError as e:
+            tell(log, f'Ray lost the run: {type(e).__name__}: {e}')
+            return -9
 
     def stop(self):
         "Cancels what runs; the worker's child goes with it."
-        for ref in self.running.values(): self.ray.cancel(ref, force=True)
+        for ref, _ in self.running.values(): self.ray.cancel(ref, force=True)
         self.running = {}

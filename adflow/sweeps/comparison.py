@@ -19,9 +19,10 @@ def varied_columns(
     sweep: Sweep,
     table: pd.DataFrame,         # as from `result_table`
 ) -> list[str]:                  # the columns that hold what was varied, without the seed
-    "What tells the runs of a sweep apart."
+    "What tells the runs of a sweep apart; a variant by its name, since what it sets goes together."
     keys = dict.fromkeys(k for r in sweep.runs for k in sweep.varied(r))
-    return [k for k in keys if k != 'seed' and k in table]
+    inside = {k for values in sweep.spec.variants.values() for k in values}
+    return [k for k in keys if k != 'seed' and k not in inside and k in table]
 
 def effects(
     table: pd.DataFrame,         # a row per run

@@ -18,8 +18,8 @@ from .plan import Planned, Sweep, SweepError, plan_table
 from ..workbook.runs import RunBusy, last_stage, read_json, write_file
 
 # %% auto #0
-__all__ = ['EXECUTORS', 'STATES', 'gpu_count', 'Local', 'progress_of', 'state_table', 'write_status', 'result_table', 'Outcome',
-           'explain', 'Execution', 'execute']
+__all__ = ['EXECUTORS', 'STATES', 'gpu_count', 'chosen_gpus', 'Local', 'minutes_of', 'progress_of', 'state_table', 'write_status',
+           'result_table', 'Outcome', 'explain', 'Execution', 'execute']
 
 # %% ../../nbs/sweeps/961_execute.ipynb #561baf57
 EXECUTORS = Registry('executor', 'where the runs of a sweep are executed', context=())
@@ -28,19 +28,32 @@ def gpu_count() -> int:
     import torch
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
+def chosen_gpus(
+    gpus: str | list,            # auto: all; none: the CPU; numbers, as a list or as '0,1,4,5'
+) -> list[str]:                  # of each: what CUDA_VISIBLE_DEVICES calls it
+    """The GPUs of this machine that are meant. Numbers are those of nvidia-smi; where CUDA_VISIBLE_DEVICES is set, the
+    first it names is 0, the second 1, and those it does not name are out of reach."""
+    if gpus == 'none': return []
+    there = gpu_count()
+    mask = [m.strip() for m in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if m.strip()]
+    names = (mask or [str(i) for i in range(there)])[:there]
+    if gpus == 'auto': return names
+    try: numbers = [int(g) for g in (gpus.split(',') if isinstance(gpus, str) else gpus)]
+    except ValueError: raise SweepError(f"gpus: {gpus!r}: expected numbers such as 0,1,4,5, auto or none.") from None
+    if wrong := [g for g in numbers if not 0 <= g < len(names)]:
+        masked = f' (CUDA_VISIBLE_DEVICES={",".join(mask)}: numbers are places in it, from 0)' if mask else ''
+        raise SweepError(f'gpus: {wrong} are not there: this machine has {len(names)}{masked}.')
+    return [names[g] for g in numbers]
+
 @EXECUTORS.register('local')
 class Local:
     "Processes on this machine, one per slot."
     def __init__(self,
-        gpus: str | list = 'auto',   # which GPUs, such as [0, 1, 4, 5]; auto: all; none: the CPU
+        gpus: str | list = 'auto',   # which GPUs, such as [0, 1, 4, 5]; auto: all; none: the CPU; see `chosen_gpus`
         workers: int = 0,            # runs at a time on each GPU, or on the CPU; 0: 1, or as cores and memory allow
         threads: int = 0,            # of each run; 0: the cores, shared
     ):
-        cores, there = len(os.sched_getaffinity(0)), gpu_count()
-        if isinstance(gpus, str) and gpus not in ('auto', 'none'): gpus = [int(g) for g in gpus.split(',')]
-        chosen = list(range(there)) if gpus == 'auto' else [] if gpus == 'none' else list(gpus)
-        if wrong := [g for g in chosen if not 0 <= g < there]:
-            raise SweepError(f'gpus: {wrong} are not there: this machine has {there}.')
+        cores, chosen = len(os.sched_getaffinity(0)), chosen_gpus(gpus)
         if workers < 0 or threads < 0: raise SweepError(f'workers={workers}, threads={threads} must be 0 or more.')
         memory = int(psutil.virtual_memory().available / 3 / 2**30)      # a run of the quickstart takes 1.5 GiB
         workers = workers or (1 if chosen else max(1, min(cores, memory)))
@@ -48,10 +61,11 @@ class Local:
         self.slots, self.running = len(self.free), {}
         self.threads = threads or max(1, cores // self.slots)
 
-    def environment(self, gpu) -> dict:
+    def environment(self, gpu: str | None) -> dict:
         "Of a run in the slot of a GPU, or of none."
         threads = {f'{k}_NUM_THREADS': str(self.threads) for k in ('OMP', 'MKL', 'OPENBLAS')}
-        env = dict(os.environ, CUDA_VISIBLE_DEVICES='' if gpu is None else str(gpu), ADFLOW_PARENT=str(os.getpid()))
+        env = dict(os.environ, CUDA_VISIBLE_DEVICES=gpu or '', ADFLOW_PARENT=str(os.getpid()))
+        if not os.environ.get('CUDA_VISIBLE_DEVICES'): env.setdefault('CUDA_DEVICE_ORDER', 'PCI_BUS_ID')  # nvidia-smi's
         env.pop('IN_TEST', None)                         # nbdev's word for its own process; a run is none of its cells
         return env | threads
 
@@ -78,16 +92,28 @@ class Local:
         self.running = {}
 
 # %% ../../nbs/sweeps/961_execute.ipynb #30eb2fd8
+def minutes_of(
+    clock: str | None,           # 'MM:SS' or 'H:MM:SS', as a bar of tqdm says it
+) -> float:                      # NaN where it says nothing
+    "A bar's clock in minutes."
+    parts = str(clock).split(':')
+    if len(parts) < 2 or not all(p.isdigit() for p in parts): return float('nan')
+    return sum(int(p) * 60**i for i, p in enumerate(reversed(parts))) / 60
+
 def progress_of(
     folder,                      # a run that is being worked on: its partial folder
     guess: float = float('nan'), # minutes that it will take
 ) -> dict:                       # doing, progress (0…1, of the cells), loss, memory_gib, gpu_gib, minutes, left
-    "How far a run is, as its launcher tells."
+    """How far a run is, as its launcher tells. `progress`: its cells, the present one as far as its bar is. `left`:
+    what past runs took, less what it took already, but no less than its bar says; NaN where neither says anything."""
     p = read_json(Path(folder)/'.progress.json')
-    bar = f" {p['done']}/{p['of']}" if p.get('doing') and 'done' in p else ''
-    return dict(doing=(p.get('doing') or p.get('section') or 'starting') + bar, loss=p.get('loss'),
-                progress=p.get('cell', 0) / max(p.get('cells', 1), 1), memory_gib=p.get('memory_gib'),
-                gpu_gib=p.get('gpu_gib'), minutes=p.get('minutes'), left=max(guess - (p.get('minutes') or 0), 0))
+    bar = p if p.get('doing') and 'done' in p else {}
+    share = bar['done'] / max(bar['of'], 1) if bar else 0.
+    told = [t for t in (guess - (p.get('minutes') or 0), minutes_of(bar.get('left'))) if t == t]
+    return dict(doing=(p.get('doing') or p.get('section') or 'starting') + (f" {p['done']}/{p['of']}" if bar else ''),
+                progress=(p.get('cell', 0) + share) / max(p.get('cells', 1), 1), loss=p.get('loss'),
+                memory_gib=p.get('memory_gib'), gpu_gib=p.get('gpu_gib'), minutes=p.get('minutes'),
+                left=max([0., *told]) if told else float('nan'))
 
 STATES = ['run', 'state', 'doing', 'progress', 'loss', 'memory_gib', 'gpu_gib', 'minutes', 'left', 'error']
 
@@ -167,7 +193,7 @@ class Execution:
         self.mirror = mirror                             # `sweeps.mirror.Mirror`, or None
         self.max_runs, self.retries, self.min_free = max_runs or len(sweep), retries, min_free
         self.started, self.tries, self.later, self.by_name = set(), {}, {}, {r.name: r for r in sweep.runs}
-        self.unwritten, self.since = False, {}
+        self.unwritten, self.since, self.ended = False, {}, 0
         self.waiting = [r for r in sweep.runs if sweep.state(r) not in ('done', *['failed'] * (not retry_failed))]
         self.waiting = [r for r in self.waiting if not self.elsewhere(r, 'pull', sweep, r)]
 
@@ -224,6 +250,7 @@ def begin(self: Execution, r: Planned):
 @patch
 def end(self: Execution, r: Planned, code: int):
     "What the exit code of a run means."
+    self.ended += 1
     if code == 0 and self.sweep.state(r) == 'done':
         self.tell('done', r)
         return self.elsewhere(r, 'push', self.sweep.final(r))
@@ -232,7 +259,7 @@ def end(self: Execution, r: Planned, code: int):
         return self.waiting.append(r)
     if code < 0 or code >= 128:
         self.tries[r.name] = self.tries.get(r.name, 0) + 1
-        self.tell('killed', r)
+        self.tell('killed', r, read_json(self.sweep.partial(r)/'manifest.json').get('error') or '')
         if self.tries[r.name] <= self.retries: return self.waiting.insert(0, r)
     self.out.failed[r.name] = why, _ = explain(self.sweep, r, self.log(r), code, self.since.get(r.name, 0))
     self.tell('FAILED', r, why)
@@ -259,12 +286,13 @@ def execute(
         for part in ('logs', 'params'): (sweep.folder/part).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise SweepError(f'{sweep.folder} cannot be made: {e.strerror}. Choose another place with --outputs.') from None
-    plan, x, looked = plan_table(sweep), Execution(sweep, executor or Local(), **more), -60.
+    plan, x, looked, known = plan_table(sweep), Execution(sweep, executor or Local(), **more), -60., 0
     def stop(*_): raise KeyboardInterrupt
     here = threading.current_thread() is threading.main_thread()
     former = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if here else {}
     try:
         while x.step():
+            if x.ended > known: known, plan = x.ended, plan_table(sweep)     # what has ended tells about the others
             if time.monotonic() - looked > 2:
                 looked, table = time.monotonic(), state_table(sweep, plan)
                 x.keep(write_status, sweep, table)
@@ -280,7 +308,7 @@ def execute(
         elif r.name in x.out.failed: continue
         elif s == 'failed': x.out.failed[r.name] = explain(sweep, r, x.log(r))
         else: x.out.left.append(r.name)
-    x.keep(write_status, sweep, state_table(sweep, plan))
+    x.keep(write_status, sweep, state_table(sweep, plan_table(sweep)))
     table = result_table(sweep)
     if len(table): x.keep(write_file, sweep.folder/'table.parquet', table.to_parquet(index=False))
     return x.out

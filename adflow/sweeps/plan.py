@@ -49,7 +49,9 @@ def read_sweep(
 ) -> tuple[Spec, Path]:          # what it says, and where it is
     "Reads and checks the file of a sweep; every problem in one error."
     file = find_params(file)
-    values = read_yaml(file.read_text(encoding='utf-8'), str(file))
+    try: text = file.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e: raise SweepError(f'{file}: no UTF-8 text: {e}. Save it as UTF-8.') from None
+    values = read_yaml(text, str(file))
     if not isinstance(values, dict): raise SweepError(f'{file}: expected `name: value` lines.')
     if unknown := [k for k in values if k not in Spec.model_fields]:
         raise SweepError('\n'.join(f"{file}: a sweep has no '{k}'.{nearest(k, Spec.model_fields)}" for k in unknown))

@@ -35,11 +35,14 @@ def remaining(
     table: pd.DataFrame,         # as from `sweeps.execute.state_table`
     slots: int,
 ) -> float:                      # minutes; NaN while nothing is known about any run
-    "How long the rest will take: what is left of all runs over the slots, or the longest of them."
-    left = table.loc[~table['state'].isin(['done', 'failed']), 'left'].astype(float)
+    """How long the rest will take: what is left of all runs over the slots, or the longest of them. Where nothing is
+    known about a run, it takes as long as the running ones will have taken."""
+    todo = table[~table['state'].isin(['done', 'failed'])]
+    left = todo['left'].astype(float)
     if not len(left): return 0.
     if left.isna().all(): return math.nan
-    left = left.fillna(left.median())
+    whole = left + (todo['minutes'].astype(float).fillna(0) if 'minutes' in todo else 0)
+    left = left.fillna(whole.median())
     return float(max(left.sum() / max(slots, 1), left.max()))
 
 def bar(share: float, width: int = 12) -> str:
@@ -68,7 +71,8 @@ def view(
     counts = table['state'].value_counts()
     words = [f'{counts[s]} {s}' for s in ('done', 'running', 'new', 'killed', 'failed') if s in counts]
     rest = remaining(table, slots)
-    tail = f'  ·  about {clock(rest)} left' if rest > 0 else '' if rest == 0 else '  ·  time left: no past run tells'
+    about = 'at least' if table.loc[~table['state'].isin(['done', 'failed']), 'left'].isna().any() else 'about'
+    tail = f'  ·  {about} {clock(rest)} left' if rest > 0 else '' if rest == 0 else '  ·  time left: no past run tells'
     return Group(*[t] * bool(t.row_count), *wrong, Text('  ·  '.join(words) + tail))
 
 class Watcher:

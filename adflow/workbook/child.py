@@ -12,7 +12,7 @@ import psutil
 from .files import now, read_json, update_manifest, write_file
 
 # %% auto #0
-__all__ = ['bar_of', 'without_progress', 'gpu_memory', 'report', 'die_with', 'failure', 'child']
+__all__ = ['MORE_MEMORY', 'bar_of', 'without_progress', 'gpu_memory', 'report', 'die_with', 'out_of_memory', 'failure', 'child']
 
 # %% ../../nbs/workbook/917_child.ipynb #b5d9f833
 _BAR = re.compile(r'^[^\r\n]*?\[[^\]\r\n]*\d\d:\d\d[^\]\r\n]*\]')  # "train:  50%|██  | 1/2 [00:01<00:01, 1.0it/s]"
@@ -222,6 +222,18 @@ def _stop(*_):
         manager.cleanup_connection_file()
     os._exit(143)
 
+MORE_MEMORY = ('When memory is free again, or on another GPU (--gpus), the same command goes on; with a smaller batch '
+               '(--set batch_size=…) it is another run.')
+
+def out_of_memory(
+    name: str,       # of the exception
+    text: str,       # what it says
+) -> bool:
+    "Whether memory ran out, of the device or of the machine: nothing is wrong with the run, and it may go on later."
+    if name.endswith('MemoryError'): return True         # torch's, Python's, numpy's
+    words = re.search(r"out of memory|can't allocate memory|_ALLOC_FAILED", text, re.I)
+    return name in ('RuntimeError', 'AcceleratorError') and words is not None
+
 def _plain(lines) -> str: return re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(lines))
 
 def failure(
@@ -267,10 +279,12 @@ def child(
     except PapermillExecutionError as e:
         told = failure(e)
         if e.ename == 'OSError' and f'[Errno {errno.ENOSPC}]' in e.evalue: ended = 'killed'
+        elif out_of_memory(e.ename, e.evalue):
+            (first, _, rest), ended = told.partition('\n'), 'killed'
+            told = f'{first} {MORE_MEMORY}\n{rest}'
     except DeadKernelError:
-        told = ('the kernel died without a word. Out of memory is the usual reason: look at `dmesg`, use a smaller '
-                'batch, or give it more memory.')
-        ended = 'killed'
+        told, ended = ('the kernel died without a word. Out of memory is the usual reason: look at `dmesg`. '
+                       f'{MORE_MEMORY}'), 'killed'
     except OSError as e: told, ended = f'{e}. Repair that (a full disk: make room).', 'killed'
     except Exception as e:
         if not ran: raise

@@ -90,7 +90,7 @@ def run(
                    json.dumps({k: params.values[k] for k in params.changed} | {'run_dir': str(folder.partial)}))
         before = read_json(folder.partial/'manifest.json')
         starts, mixed = [*before.get('starts', []), now()], [*before.get('mixed', []), *mixed]
-        update_manifest(folder.partial, state='running', experiment=params.experiment, name=params.name,
+        update_manifest(folder.partial, state='running', error=None, experiment=params.experiment, name=params.name,
                         started=starts[0], starts=starts,
                         pid=os.getpid(), params_hash=params.hash, seed=params.values.get('seed'), mixed=mixed,
                         **present)

@@ -83,6 +83,7 @@ class Evidence(_Strict):
         if self.within is not None: return f'in [{self.within[0]:g}, {self.within[1]:g}]'
         return f'> {self.above:g}' if self.above is not None else f'< {self.below:g}'
 
+# %% ../../nbs/analysis/895_claims.ipynb #c934cc1b
 class Recorded(_Strict):
     "A verdict of another day or machine, with its numbers in words."
     date: date

@@ -100,6 +100,7 @@ def in_turn(predictor, batches, cls, to, root):
     old = earlier(to, predictor, cls)
     for i, images in enumerate(batches): yield i, score_some(predictor, images, cls, to, root, old)
 
+# %% ../../nbs/predict/982_files.ipynb #8ff2a63c
 def score_files(
     predictor: Predictor,
     paths,                         # files and folders

@@ -6,11 +6,12 @@ import os
 import random
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_sweeps import Fake, expected, found, home, sweep_of  # noqa: F401  home: a fixture
+from test_sweeps import ENV, Fake, expected, found, home, sweep_of  # noqa: F401  home: a fixture
 from tiny import write_experiment
 
 from adflow.continual.learner import Checkpoint
@@ -130,6 +131,24 @@ def test_a_full_disk(home):  # noqa: F811
         ballast.unlink()
         out, _ = run_all(sweep, min_free=0)
         assert len(out.done) == 2 and not out.failed and found(sweep) == expected(sweep)
+
+@pytest.mark.slow
+def test_outputs_that_cannot_be_written(home):  # noqa: F811
+    "A file system becomes read-only between two runs: the sweep and `adflow run` say so; once writable, it goes on."
+    outputs = home / 'outputs'
+    with small_disk(outputs, 8):
+        sweep = sweep_of(home, seeds=[0, 1])
+        assert len(run_all(sweep, max_runs=1, min_free=0)[0].done) == 1
+        remount = lambda how: subprocess.run(['mount', '-o', f'remount,{how}', str(outputs)], check=True)
+        remount('ro')
+        out, said = run_all(sweep, min_free=0)
+        assert 'Read-only file system' in out.stopped + said and len(out.done) == 1 and not out.failed
+        call = [sys.executable, '-m', 'adflow.cli', 'run', f'{home}/params/tiny/base.yaml', '--outputs', str(outputs)]
+        p = subprocess.run(call, env=ENV, cwd=home, capture_output=True, text=True, timeout=120)
+        assert p.returncode in (1, 2) and 'Read-only file system' in p.stderr and 'Traceback' not in p.stderr, p.stderr
+        remount('rw')
+        out, _ = run_all(sweep, min_free=0)
+        assert len(out.done) == 2 and found(sweep) == expected(sweep)
 
 def test_the_state_of_a_sweep_that_cannot_be_written_stops_no_run(home, monkeypatch):  # noqa: F811
     sweep, said = sweep_of(home, seeds=[0, 1]), []

@@ -60,7 +60,7 @@ def ceilings(
     x = torch.ones(megabytes * 2**18, device=device)
     y = torch.empty_like(x)
     times = take_turns({'product': lambda: a @ a, 'copy': lambda: y.copy_(x)}, device, 5, 3)
-    return {'GFLOP/s': 2 * size**3 / times.cpu['product'] / 1e9, 'GB/s': 2 * x.nbytes / times.wall['copy'] / 1e9}
+    return {'GFLOP/s': 2 * size**3 / times.cpu['product'] / 1e9, 'GB/s': 2 * x.nbytes / times.cpu['copy'] / 1e9}
 
 def _status(key):
     with open('/proc/self/status') as f: return next(int(line.split()[1]) for line in f if line.startswith(key)) / 1e3

@@ -60,6 +60,7 @@ def read_yaml(
 # %% ../../nbs/workbook/90_params.ipynb #5fa409d7
 RESERVED = 'run_dir'  # set by the launcher, never by a YAML
 TRACK = 'track'       # may stand in every YAML: where a run reports to is no part of what it is, nor of its hash
+_TAKEN = ('base', 'experiment', 'name', TRACK)  # what a YAML says about itself: no notebook's parameter may be called so
 _NAMES = dict(Any=Any, Literal=Literal, Optional=Optional, Union=Union, Path=Path)
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def parameters(
                               "Derive it in a later cell.") from None
         if not imported and 'Literal' in {n.id for n in ast.walk(node.annotation) if isinstance(n, ast.Name)}:
             raise ParamsError(f"{notebook}: `{line}` needs `from typing import Literal` as the first line of its cell.")
+        if node.target.id in _TAKEN:
+            raise ParamsError(f"{notebook}: `{line}`: in a parameter file `{node.target.id}:` says something about the "
+                              "file itself, so it could never be set. Choose another name.")
         tail = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
         found.append(Parameter(node.target.id, ast.unparse(node.annotation), default, tail.partition('#')[2].strip()))
     return found

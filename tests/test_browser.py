@@ -1,7 +1,8 @@
 """The explorers in a real browser: JupyterLab on a loopback port, headless Chromium, sliders moved, patches clicked.
 
 What the page must say is computed here from the files of the runs, not by the widget. `outputs/screens/<notebook>.png`
-shows the page, `<notebook>.json` the milliseconds from an event to the changed text; with ADFLOW_SCREENS=1 the pictures
+shows the page, `<notebook>.json` the milliseconds from an event to the changed text, and of an empty echo. The median of an
+explorer must stay under 200 ms, or as many times more as the echo takes longer than on two idle cores; with ADFLOW_SCREENS=1 the pictures
 of the README, `nbs/images/explore_<notebook>.png`, are made anew. A new explorer gets a function like those at the end.
 Without Chromium or playwright these tests skip; with ADFLOW_REQUIRE_BROWSER=1, as in CI, they fail.
 """
@@ -42,6 +43,7 @@ MISSING = [name for name, there in (("the Python package playwright (pip install
                                     ('Chromium (apt-get install chromium)', CHROMIUM)) if not there]
 QUIET = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
+BOUND, IDLE_ECHO = 200, 60      # ms: of an interaction, and of an echo on two cores with nothing else to do
 ABSENT, REQUIRED = 'not here: ' + ' and '.join(MISSING), os.environ.get('ADFLOW_REQUIRE_BROWSER') == '1'
 needs_browser = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=ABSENT)]
 # anywidget gives a model two seconds to load plotly's 5 MB; a machine that is shared may need more
@@ -174,8 +176,19 @@ class Explorer:
             assert time.time() < end, f'{what}: the page says {self.texts(css)}, expected {wanted}; {self.complaints()}'
             self.page.wait_for_timeout(20)
 
+    def echo(self):
+        "Milliseconds to the kernel and back with nothing to do: how busy page, server and machine are."
+        return self.page.evaluate("""async () => {
+            const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel, took = [];
+            for (let i = 0; i < 3; i++) {
+                const began = performance.now();
+                await kernel.requestExecute({code: '', silent: true, store_history: false}).done;
+                took.push(performance.now() - began) }
+            return took.sort((a, b) => a - b)[1] }""")
+
     def timed(self, css, act, what):
         "Acts, and measures in the browser from the first event to the changed text."
+        before = self.echo()
         self.page.evaluate("""css => {
             const read = () => [...document.querySelectorAll(css)].map(e => e.textContent).join('|');
             const before = read();
@@ -187,7 +200,8 @@ class Explorer:
             }).observe(document.body, {subtree: true, childList: true, characterData: true}) }""", css)
         act()
         self.says(css, lambda _: self.page.evaluate('window.took !== null'), what)
-        self.milliseconds[what] = round(self.page.evaluate('window.took'))
+        took, echo = self.page.evaluate('window.took'), max(before, self.echo())
+        self.milliseconds[what] = {'took': round(took), 'echo': round(echo)}
 
     def widget(self, kind, name):
         return self.page.locator(kind).filter(has=self.page.locator('.widget-label', has_text=name)).first
@@ -233,6 +247,20 @@ class Explorer:
         at = self.at(*point)
         self.page.mouse.move(*at)
         self.page.mouse.click(*at)
+
+    def zoom(self, trace, x, y, side=20):
+        "Drags a box around a point with the mouse; the ranges of all panels of the first row: (x, y) of each."
+        a, b = self.at(trace, x, y)
+        self.page.mouse.move(a - side, b - side)
+        self.page.mouse.down()
+        self.page.mouse.move(a + side, b + side, steps=6)
+        self.page.mouse.up()
+        self.page.wait_for_timeout(300)
+        return np.array(self.page.evaluate("""name => {
+            for (const plot of document.querySelectorAll('.jupyter-widgets .js-plotly-plot')) {
+                const l = plot._fullLayout, axis = a => l[a[0] + 'axis' + a.slice(1)].range;
+                if (plot._fullData.some(t => t.name === name))
+                    return ['', '2', '3', '4'].map(i => [axis('x' + i), axis('y' + i)]) } }""", trace), float)
 
     def lasso(self, *point, side=8):
         "A square drawn with the mouse around a point, `side` pixels to each side."
@@ -287,6 +315,11 @@ def between(scores, bad, unlike):
     gaps = [(b - a, (a + b) / 2) for a, b in zip(s, s[1:]) if confusion(scores, bad, (a + b) / 2) != unlike]
     return float(f'{max(gaps)[1]:.5g}')
 
+def linked(page, trace, height, width):
+    "A box drawn in one panel is what all four show."
+    seen = page.zoom(trace, width / 2, height / 2)
+    assert (seen == seen[0]).all() and 0 < np.ptp(seen[0, 0]) < width / 2, f'zoomed into {seen.tolist()}'
+
 @explorer('score_maps', run_dir='flow')
 def score_maps(page, runs):
     run, cls = runs['flow'], 'film'
@@ -327,6 +360,7 @@ def score_maps(page, runs):
         terms = zip(('‖z‖²', 'log-det', 'NLL'), (z.square().sum(-1), log_det, nll))
         page.says('.adflow-latent', [', '.join(f'{k} {v[row, col]:.4g}' for k, v in terms)], f'latent {row}, {col}')
     page.screenshot('score_maps')
+    linked(page, 'map', height, width)
 
     other = int(np.argmin(scores))
     page.timed('.adflow-verdict', lambda: page.choose('image', index=other), 'image chosen')
@@ -346,16 +380,26 @@ def score_maps(page, runs):
 def compare(page, runs):
     def ranks(run):
         maps = pixel_maps(np.array(run.maps('film')), [s // 4 for s in run.of('film').preprocess.size], 1.)
-        return rankdata(maps, method='ordinal').reshape(np.shape(maps)) / np.size(maps)
+        return (rankdata(maps).reshape(np.shape(maps)) - 1) / (np.size(maps) - 1)
     change = np.abs(ranks(runs['flow']) - ranks(runs['bank'])).mean((1, 2))
     names = ['/'.join(Path(p).parts[-3:]) for p in runs['flow'].of('film').index['image']]
     titles = [f'film, {names[i]}: disagreement {change[i]:.2f}' for i in np.argsort(-change)]
-    title = '.jupyter-widgets .gtitle'
+    title = '.adflow-disputed'
     page.says(title, titles[:1], 'the most disputed image')
     for at in (1, 2):
         page.timed(title, lambda: page.press('disputed', 'ArrowRight'), f'disputed, {at}')
         page.says(title, [titles[at]], f'disputed image {at}')
+    i, (height, width) = np.argsort(-change)[2], runs['flow'].of('film').preprocess.size
+    row, col = height // 4 - 3, 5                                   # of the grid of ranks, four pixels each
+    said = []
+    for name, run in (('first', runs['flow']), ('second', runs['bank'])):
+        heat = run.maps('film')[i]
+        own = heat[row * 4 * heat.shape[0] // height, col * 4 * heat.shape[1] // width]
+        said.append(f'{name}: rank {ranks(run)[i, row, col]:.3f}, its patch {own:.4g}')
+    page.timed('.adflow-place', lambda: page.click('second', 4 * col + 1.5, 4 * row + 1.5), 'place clicked')
+    page.says('.adflow-place', [' · '.join(said)], 'what both make of it')
     page.screenshot('compare')
+    linked(page, 'first', height, width)
     page.enter('disputed', len(titles) - 1)
     page.says(title, titles[-1:], 'the least disputed image')
 
@@ -462,6 +506,8 @@ def test_explorer(name, lab, runs, chromium):
     try:
         drive(page, runs)
         page.record(name)
+        took, echo = (np.median([v[k] for v in page.milliseconds.values()]) for k in ('took', 'echo'))
+        assert took < BOUND * max(1, echo / IDLE_ECHO), f'{took:.0f} ms at an echo of {echo:.0f}: {page.milliseconds}'
         assert not page.complaints(), page.complaints()
     except BaseException:
         page.screenshot(f'{name}_failed')

@@ -144,6 +144,7 @@ def build(self: Attention, kind=go.Figure) -> go.Figure:
 def refresh(self: Attention, what: str):
     "Brings the living figure up to date: `image`, `token` or `layer`; only what changed is sent."
     t = {x.name: x for x in self.living.data}
+    self.text.value = self.words()
     with self.living.batch_update():
         if what == 'image':
             p = self.panels()
@@ -156,7 +157,6 @@ def refresh(self: Attention, what: str):
         if what != 'layer':
             for mark in (x for x in self.living.data if x.name == 'token'):
                 mark.x, mark.y = patch_centre(self.features.preprocess.size, self.detector.grid, *self.token)
-    self.text.value = self.words()
 
 @patch
 def look(self: Attention, row: int, column: int) -> AttentionMaps:

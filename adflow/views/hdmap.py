@@ -195,6 +195,9 @@ def build(self: HDMapView, kind=go.Figure) -> go.Figure:
 def refresh(self: HDMapView, everything: bool = True):
     "Brings the living figure up to date; after a click only what the click changes."
     t, words = {x.name: x for x in self.living.data}, self.words()
+    say = lambda name, tag='span': f"<{tag} class='adflow-{name}'>{html.escape(words[name])}</{tag}>"
+    self.text.value = (f"{say('diagnosis', 'b')}<br>planted: {say('planted')}<br>next best: {say('others')}<br>"
+                       f"cell: {say('cell')}")       # words first: the page takes its time to draw
     with self.living.batch_update():
         for name, (x, y) in self.lines().items():
             if everything or name in ('here', 'cell', 'piece', 'own'):
@@ -202,9 +205,6 @@ def refresh(self: HDMapView, everything: bool = True):
         if everything: t['map'].z = self.map.map.astype(np.float32)
         said = html.escape(words['diagnosis'])
         self.living.layout.title.text = f"{said}<br><sub>planted: {words['planted']}</sub>"
-    say = lambda name, tag='span': f"<{tag} class='adflow-{name}'>{html.escape(words[name])}</{tag}>"
-    self.text.value = (f"{say('diagnosis', 'b')}<br>planted: {say('planted')}<br>next best: {say('others')}<br>"
-                       f"cell: {say('cell')}")
 
 @patch
 def look(self: HDMapView, row: int, column: int) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['in_turn', 'LivingFigure', 'View', 'patch_cells', 'patch_centre', 'link_panels']
+__all__ = ['in_turn', 'LivingFigure', 'View', 'patch_cells', 'patch_centre', 'cross', 'link_panels']
 
 # %% ../../nbs/views/945_living.ipynb #9d808655
 def in_turn(
@@ -66,6 +66,19 @@ def patch_cells(
 def patch_centre(size, grid, row: int, column: int) -> tuple[list, list]:
     "The middle of a patch in pixels, as x and y of a marker."
     return [(column + .5) * size[1] / grid[1] - .5], [(row + .5) * size[0] / grid[0] - .5]
+
+def cross(
+    size, grid,                      # (h, w) of the image in pixels, (H, W) patches
+    at: tuple | None,                # row and column; None: nowhere
+    axes=('x', 'y'),                 # of the panel
+    color: str = 'black',
+) -> list[dict]:                     # layout shapes
+    "A cross on a patch; as shapes, since moving a trace would draw all traces again."
+    if at is None: return []
+    (x,), (y,), c = *patch_centre(size, grid, *at), patch_cells(size, grid)
+    dx, dy = c['dx'] / 2, c['dy'] / 2
+    line = dict(type='line', xref=axes[0], yref=axes[1], line=dict(color=color, width=2))
+    return [line | dict(x0=x - dx, x1=x + dx, y0=y - s * dy, y1=y + s * dy) for s in (1, -1)]
 
 def link_panels(
     fig,                             # with images of one size in the first row

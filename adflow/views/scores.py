@@ -23,14 +23,14 @@ from ..evaluate.stages import score_maps
 from ..flow.losses import patch_nll
 from ..memory.patchcore import nearest_members
 from ..parts import PartError
-from .living import LivingFigure, View, in_turn, link_panels, patch_cells, patch_centre
+from .living import LivingFigure, View, cross, in_turn, link_panels, patch_cells
 from ..workbook.figures import BAD, GOOD, SCALE
 from ..workbook.params import checkout, find_experiment, read_yaml, resolve, to_yaml
 from ..workbook.runs import RunError, read_json, write_file
 from ..workbook.study import Study
 
 # %% auto #0
-__all__ = ['OpenRun', 'demo_run', 'find_run', 'crop_patch', 'as_source', 'overlay', 'ScoreMaps', 'as_ranks', 'Compare']
+__all__ = ['OpenRun', 'demo_run', 'find_run', 'crop_patch', 'as_source', 'overlay', 'highest', 'ScoreMaps']
 
 # %% ../../nbs/views/95_scores.ipynb #752b898b
 class OpenRun:
@@ -183,8 +183,15 @@ def overlay(
     return (image * (1 - t) + np.array([255., 40, 0]) * t).round().astype(np.uint8)
 
 # %% ../../nbs/views/95_scores.ipynb #3061a9b7
+def highest(maps, k: int, at_once: int = 256) -> torch.Tensor:
+    "The k highest values of each map, (N, 1, k): all that a mean of so many needs; never all maps in memory."
+    parts = (torch.from_numpy(np.array(maps[i:i + at_once], np.float32)).flatten(1)
+             for i in range(0, len(maps), at_once))
+    return torch.cat([p.topk(min(k, p.shape[1]), 1).values for p in parts])[:, None]
+
 class ScoreMaps(View):
     "Image, mask, map and overlay of a run's test images, with a threshold, an aggregate and patches to click."
+    MOST = 50                        # patches whose mean can be the image's score
     def __init__(self,
         run: OpenRun,
         cls: str | None = None,      # class to begin with; None: the first
@@ -201,7 +208,8 @@ class ScoreMaps(View):
         self.label, index = self.run.labels(cls), self.features.index
         self.names = [f"{i}: {r.kind} · {Path(str(r.image)).name}" for i, r in enumerate(index.itertuples())]
         part = np.asarray(self.maps[::max(1, len(self.maps) // 50)])
-        self.bounds = float(np.median(part)), float(np.asarray(self.maps).max())
+        self.top = highest(self.maps, self.MOST)
+        self.bounds = float(np.median(part)), float(self.top.max())
         self.aggregate(self.k)
         self.limit, self.patch = self.run.threshold(cls, self.score_of), None
         self.image = int(np.argmax(self.scores * (self.label == 1))) if self.label.any() else 0
@@ -210,7 +218,7 @@ class ScoreMaps(View):
     def aggregate(self, k: int):
         "Image score: the mean of the k highest patches."
         self.k = int(k)
-        self.scores = self.score_of(np.array(self.maps)).numpy()
+        self.scores = self.score_of(self.top).numpy()
 
     def verdict(self) -> dict:
         "Score of the image and the confusion matrix at the threshold."
@@ -240,6 +248,11 @@ def curves(self: ScoreMaps) -> dict:
                 y=[v['found'] / max(1, v['found'] + v['missed'])])
 
 @patch
+def mark(self: ScoreMaps) -> list[dict]:
+    "The cross on the clicked patch, in the panel of the map."
+    return cross(self.features.preprocess.size, self.features.grid, self.patch, ('x3', 'y3'), BAD)
+
+@patch
 def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
     "The whole picture: four panels, the scores of all images, the ROC."
     titles = ['image', 'mask', 'score map', 'overlay', 'scores of all images', 'ROC']
@@ -250,8 +263,6 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
         fig.add_trace(go.Image(source=p[name], name=name), 1, i)
     fig.add_heatmap(z=p['heat'], zmin=self.bounds[0], zmax=self.bounds[1], colorscale=SCALE, showscale=False, row=1,
                     col=3, name='map', **patch_cells(p['size'], self.features.grid))
-    fig.add_scatter(x=[None], y=[None], mode='markers', marker=dict(symbol='x', size=10, color=BAD), name='patch',
-                    hoverinfo='skip', row=1, col=3)
     for label, color, name in ((0, GOOD, 'normal'), (1, BAD, 'defect')):
         fig.add_histogram(x=self.scores[self.label == label], name=name, marker_color=color, opacity=.6, nbinsx=40,
                           row=2, col=1)
@@ -262,7 +273,7 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
     fig.add_scatter(x=c['x'], y=c['y'], mode='markers', marker=dict(size=11, color='black'), name='here', row=2, col=3)
     link_panels(fig, 4, p['size'])
     fig.update_layout(height=540, width=1000, barmode='overlay', showlegend=False, margin=dict(l=20, r=20, t=60, b=30),
-                      title=f'{self.cls}, {self.names[self.image]}')
+                      title=f'{self.cls}, {self.names[self.image]}', shapes=self.mark())
     return kind(fig)
 
 # %% ../../nbs/views/95_scores.ipynb #2fa12794
@@ -270,12 +281,16 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
 def refresh(self: ScoreMaps, what: tuple = ('image', 'scores', 'limit')):
     "Brings the living figure up to date; only what changed is sent."
     t, v = {x.name: x for x in self.living.data}, self.verdict()
+    said = 'ALARM' if v['alarm'] else 'passes'       # words first: the page takes its time to draw
+    self.text.value = (f"<b class='adflow-verdict'>score {v['score']:.4g} → {said}</b> · "
+                       f"<span class='adflow-confusion'>found {v['found']}, missed {v['missed']}, false alarms "
+                       f"{v['false_alarms']}, passed {v['passed']}</span>")
+    if 'image' in what: self.near.value = self.inner.value = ''
     with self.living.batch_update():
         if 'image' in what:
             p = self.panels()
             for name in ('image', 'mask', 'overlay'): t[name].source = p[name]
-            t['map'].z, t['patch'].x, t['patch'].y = p['heat'], [None], [None]
-            self.near.children, self.inner.value = [], ''
+            t['map'].z, self.living.layout.shapes = p['heat'], self.mark()
             t['map'].zmin, t['map'].zmax = self.bounds
             self.living.layout.title.text = f'{self.cls}, {self.names[self.image]}'
         if 'scores' in what:
@@ -283,26 +298,20 @@ def refresh(self: ScoreMaps, what: tuple = ('image', 'scores', 'limit')):
         c = self.curves()
         t['ROC'].x, t['ROC'].y, t['here'].x, t['here'].y = c['fpr'], c['tpr'], c['x'], c['y']
         t['threshold'].x, t['this image'].x = [self.limit] * 2, [v['score']]
-    said = 'ALARM' if v['alarm'] else 'passes'
-    self.text.value = (f"<b class='adflow-verdict'>score {v['score']:.4g} → {said}</b> · "
-                       f"<span class='adflow-confusion'>found {v['found']}, missed {v['missed']}, false alarms "
-                       f"{v['false_alarms']}, passed {v['passed']}</span>")
 
 @patch
 def look(self: ScoreMaps, row: int, column: int) -> pd.DataFrame:
     "What a click on a patch shows: its score, its latent, and the normal patches that are most like it."
-    import ipywidgets as W
     self.patch = int(row), int(column)
     near, train = self.run.like(self.cls, self.image, row, column), self.run.bank(self.cls)[-1]
-    mark = next(x for x in self.living.data if x.name == 'patch')
-    with self.living.batch_update():
-        mark.x, mark.y = patch_centre(self.features.preprocess.size, self.features.grid, row, column)
     terms = ', '.join(f'{k} {v:.4g}' for k, v in self.run.latent(self.cls, self.image, row, column).items())
     self.inner.value = f"<span class='adflow-latent'>{terms or 'no latent'}</span>"
     crops = [(crop_patch(self.features, self.image, row, column), f'here: {self.maps[self.image][row, column]:.4g}')]
     crops += [(crop_patch(train, r.image, r.row, r.column), f'{r.distance:.2f}') for r in near.itertuples()]
-    self.near.children = [W.VBox([W.HTML(f"<span class='adflow-near'>{text}</span>"), W.HTML(
-        f"<img src='{as_source(a)}' width=96>")]) for a, text in crops]
+    self.near.value = "<div style='display:flex;gap:8px'>" + ''.join(
+        f"<div><span class='adflow-near'>{text}</span><br><img src='{as_source(a)}' width=96></div>"
+        for a, text in crops) + '</div>'
+    self.living.layout.shapes = self.mark()
     return near
 
 # %% ../../nbs/views/95_scores.ipynb #bb70f9b4
@@ -310,11 +319,11 @@ def look(self: ScoreMaps, row: int, column: int) -> pd.DataFrame:
 def show(self: ScoreMaps):
     "Sliders, the figure, and the neighbours of a clicked patch; for JupyterLab."
     import ipywidgets as W
-    self.living, self.text, self.inner, self.near = self.build(LivingFigure), W.HTML(), W.HTML(), W.HBox()
+    self.living, self.text, self.inner, self.near = self.build(LivingFigure), W.HTML(), W.HTML(), W.HTML()
     lo, hi = float(self.scores.min()), float(self.scores.max())
     cls = W.Dropdown(options=self.run.classes, value=self.cls, description='class')
     image = W.Dropdown(options=[(n, i) for i, n in enumerate(self.names)], value=self.image, description='image')
-    k = W.IntSlider(self.k, 1, 50, description='top k', continuous_update=True)
+    k = W.IntSlider(self.k, 1, min(self.MOST, self.top.shape[-1]), description='top k', continuous_update=True)
     limit = W.FloatSlider(min(max(self.limit, lo), hi), min=lo, max=hi, step=(hi - lo) / 200 or 1,
                           description='threshold', readout_format='.4g')
     self.widgets = dict(cls=cls, image=image, k=k, limit=limit)
@@ -339,61 +348,3 @@ def show(self: ScoreMaps):
     heat.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))
     self.refresh(())
     return W.VBox([W.HBox([cls, image]), W.HBox([k, limit]), self.text, self.living, self.inner, self.near])
-
-# %% ../../nbs/views/95_scores.ipynb #c1a885ff
-def as_ranks(maps: np.ndarray) -> np.ndarray:
-    "Values replaced by their rank among all values, 0…1."
-    flat = np.asarray(maps).ravel()
-    return (np.argsort(np.argsort(flat, kind='stable'), kind='stable') / max(1, flat.size - 1)).reshape(maps.shape)
-
-class Compare:
-    "Two runs on the same test images."
-    def __init__(self,
-        a: OpenRun, b: OpenRun,
-        cls: str | None = None,      # class; None: the first that both have
-    ):
-        both = [c for c in a.classes if c in b.classes]
-        if not both or cls not in (None, *both):
-            raise PartError(f"no class {cls or ''} in both runs: {a.classes}, {b.classes}.")
-        self.a, self.b, self.cls = a, b, cls or both[0]
-        short = lambda p: '/'.join(Path(str(p)).parts[-3:])
-        names = [r.of(self.cls).index['image'].map(short).tolist() for r in (a, b)]
-        if names[0] != names[1]: raise PartError(f'{self.cls}: the two runs have different test images.')
-        size = tuple(s // 4 for s in self.a.of(self.cls).preprocess.size)
-        grids = [np.asarray(pixel_maps(np.array(r.maps(self.cls)), size, 1.)) for r in (a, b)]
-        self.ranks = [as_ranks(g) for g in grids]
-        change = np.abs(self.ranks[0] - self.ranks[1]).mean((1, 2))
-        self.table = a.of(self.cls).index[['kind', 'label']].assign(
-            name=names[0], disagreement=change, score_a=as_ranks(grids[0].max((1, 2))),
-            score_b=as_ranks(grids[1].max((1, 2))))
-        self.table = self.table.sort_values('disagreement', ascending=False)
-
-    def figure(self,
-        place: int = 0,              # of the image in the order of disagreement
-    ) -> go.Figure:
-        "The image, both maps as ranks, and their difference."
-        i = self.table.index[place]
-        a, b = (r[i] for r in self.ranks)
-        titles = ['image', f'first: {self.a.path.name}', f'second: {self.b.path.name}', 'second − first']
-        fig = make_subplots(1, 4, subplot_titles=titles, horizontal_spacing=.03)
-        picture = self.a.of(self.cls).images([i])[0][::4, ::4]
-        fig.add_trace(go.Image(source=as_source(np.ascontiguousarray(picture)), name='image'), 1, 1)
-        for col, z, scale, bounds in ((2, a, SCALE, (.5, 1)), (3, b, SCALE, (.5, 1)), (4, b - a, 'RdBu_r', (-.6, .6))):
-            fig.add_heatmap(z=np.round(z, 3), colorscale=scale, zmin=bounds[0], zmax=bounds[1], showscale=False,
-                            row=1, col=col)
-        fig.update_xaxes(visible=False, matches='x').update_yaxes(visible=False, matches='y', autorange='reversed')
-        fig.update_layout(height=300, width=1000, margin=dict(l=20, r=20, t=60, b=20),
-                          title='{}, {}: disagreement {:.2f}'.format(
-                              self.cls, *self.table.loc[i, ['name', 'disagreement']]))
-        return fig
-
-    def show(self):
-        "A slider over the images, most disputed first; for JupyterLab."
-        import ipywidgets as W
-        from IPython.display import display
-        out, at = W.Output(), W.IntSlider(0, 0, len(self.table) - 1, description='disputed')
-        def draw(change):
-            out.clear_output(wait=True)
-            with out: display(self.figure(change['new']))
-        at.observe(draw, 'value'); draw({'new': 0})
-        return W.VBox([at, out])

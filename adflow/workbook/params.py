@@ -60,7 +60,7 @@ def read_yaml(
 # %% ../../nbs/workbook/90_params.ipynb #5fa409d7
 RESERVED = 'run_dir'  # set by the launcher, never by a YAML
 TRACK = 'track'       # may stand in every YAML: where a run reports to is no part of what it is, nor of its hash
-_TAKEN = ('base', 'experiment', 'name', TRACK)  # what a YAML says about itself: no notebook's parameter may be called so
+_TAKEN = ('base', 'experiment', 'name', TRACK)  # what a YAML says about itself: no parameter's name
 _NAMES = dict(Any=Any, Literal=Literal, Optional=Optional, Union=Union, Path=Path)
 
 @dataclass(frozen=True)

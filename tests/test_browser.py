@@ -1,10 +1,11 @@
 """The explorers in a real browser: JupyterLab on a loopback port, headless Chromium, sliders moved, patches clicked.
 
 What the page must say is computed here from the files of the runs, not by the widget. `outputs/screens/<notebook>.png`
-shows the page, `<notebook>.json` the milliseconds from an event to the changed text, and of an empty echo. The median of an
-explorer must stay under 200 ms, or as many times more as the echo takes longer than on two idle cores; with ADFLOW_SCREENS=1 the pictures
-of the README, `nbs/images/explore_<notebook>.png`, are made anew. A new explorer gets a function like those at the end.
-Without Chromium or playwright these tests skip; with ADFLOW_REQUIRE_BROWSER=1, as in CI, they fail.
+shows the page, `<notebook>.json` the milliseconds from an event to the changed text, and of an empty echo. The
+median of an explorer must stay under 200 ms, or as many times more as the echo takes longer than on two idle cores.
+With ADFLOW_SCREENS=1 the pictures of the README, `nbs/images/explore_<notebook>.png`, are made anew. A new explorer
+gets a function like those at the end. Without Chromium or playwright these tests skip; with ADFLOW_REQUIRE_BROWSER=1,
+as in CI, they fail.
 """
 import importlib.util
 import io

@@ -154,7 +154,8 @@ def result_table(
         m = read_json(folder/'manifest.json')
         try: t = last_stage(pd.read_parquet(folder/'metrics.parquet')).select_dtypes('number')
         except OSError: t = pd.DataFrame()
-        found = {k: float(t[k].mean()) for k in (METRICS if any(k in t for k in METRICS) else t.columns) if k in t}
+        own = t.columns if not any(k in t for k in METRICS) else t.select_dtypes('floating').columns
+        found = {k: float(t[k].mean()) for k in dict.fromkeys([*METRICS, *own]) if k in t}
         changes = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in sweep.varied(r).items()}
         rows.append({**changes, **found, 'minutes': m.get('minutes'), 'memory_gib': m.get('peak_memory_gib'),
                      'run': f'{r.params.experiment}/{r.name}'})

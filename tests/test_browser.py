@@ -5,7 +5,7 @@ shows the page, `<notebook>.json` the milliseconds from an event to the changed 
 median of an explorer must stay under 200 ms, or as many times more as the echo takes longer than on two idle cores.
 With ADFLOW_SCREENS=1 the pictures of the README, `nbs/images/explore_<notebook>.png`, are made anew. A new explorer
 gets a function like those at the end. Without Chromium or playwright these tests skip; with ADFLOW_REQUIRE_BROWSER=1,
-as in CI, they fail.
+as in CI, they fail. ADFLOW_BROWSER_IMAGES=1000 drives them on runs of so many images.
 """
 import importlib.util
 import io
@@ -44,6 +44,7 @@ MISSING = [name for name, there in (("the Python package playwright (pip install
                                     ('Chromium (apt-get install chromium)', CHROMIUM)) if not there]
 QUIET = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
+MANY = int(os.environ.get('ADFLOW_BROWSER_IMAGES', 0))   # so many test images, about; 0: the demonstration's few
 BOUND, IDLE_ECHO = 200, 60      # ms: of an interaction, and of an echo on two cores with nothing else to do
 ABSENT, REQUIRED = 'not here: ' + ' and '.join(MISSING), os.environ.get('ADFLOW_REQUIRE_BROWSER') == '1'
 needs_browser = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=ABSENT)]
@@ -55,10 +56,12 @@ PATIENCE = 'const timeout = AbortSignal.timeout; AbortSignal.timeout = ms => tim
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    home = tmp_path_factory.mktemp('outputs')
-    paths = dict(
-        flow=demo_run(home, name='flow'), bank=demo_run(home, {'name': 'patchcore', 'size': 500}, 'bank'),
-        decoder=demo_run(home, {'name': 'dinomaly', 'depth': 3, 'heads': 2, 'models': 'class'}, 'decoder', epochs=1))
+    home, small = tmp_path_factory.mktemp('outputs'), {}
+    if MANY: small = {'dataset': {'name': 'embedded', 'good': MANY // 4, 'defects': MANY // 24}}
+    dinomaly = {'name': 'dinomaly', 'depth': 3, 'heads': 2, 'models': 'class'}
+    paths = dict(flow=demo_run(home, name='flow', **small),
+                 bank=demo_run(home, {'name': 'patchcore', 'size': 500}, 'bank', **small),
+                 decoder=demo_run(home, dinomaly, 'decoder', epochs=1, **small))
     return {name: OpenRun(path, progress=False) for name, path in paths.items()}
 
 class Lab:

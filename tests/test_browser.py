@@ -2,7 +2,8 @@
 
 What the page must say is computed here from the files of the runs, not by the widget. `outputs/screens/<notebook>.png`
 shows the page, `<notebook>.json` the milliseconds from an event to the changed text, and of an empty echo. The
-median of an explorer must stay under 200 ms, or as many times more as the echo takes longer than on two idle cores.
+median of an explorer must stay under 200 ms, and each but a few under 400, or as many times more as the echo before it
+takes longer than on two idle cores.
 With ADFLOW_SCREENS=1 the pictures of the README, `nbs/images/explore_<notebook>.png`, are made anew. A new explorer
 gets a function like those at the end. Without Chromium or playwright these tests skip; with ADFLOW_REQUIRE_BROWSER=1,
 as in CI, they fail. ADFLOW_BROWSER_IMAGES=1000 drives them on runs of so many images.
@@ -45,6 +46,7 @@ MISSING = [name for name, there in (("the Python package playwright (pip install
 QUIET = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
 MANY = int(os.environ.get('ADFLOW_BROWSER_IMAGES', 0))   # so many test images, about; 0: the demonstration's few
+LONG = ('lasso on a patch', 'patch clicked, 1', 'class chosen')      # a drag; a bank of normals, maps of a class are read
 BOUND, IDLE_ECHO = 200, 60      # ms: of an interaction, and of an echo on two cores with nothing else to do
 ABSENT, REQUIRED = 'not here: ' + ' and '.join(MISSING), os.environ.get('ADFLOW_REQUIRE_BROWSER') == '1'
 needs_browser = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=ABSENT)]
@@ -192,7 +194,7 @@ class Explorer:
 
     def timed(self, css, act, what):
         "Acts, and measures in the browser from the first event to the changed text."
-        before = self.echo()
+        echo = self.echo()
         self.page.evaluate("""css => {
             const read = () => [...document.querySelectorAll(css)].map(e => e.textContent).join('|');
             const before = read();
@@ -204,8 +206,7 @@ class Explorer:
             }).observe(document.body, {subtree: true, childList: true, characterData: true}) }""", css)
         act()
         self.says(css, lambda _: self.page.evaluate('window.took !== null'), what)
-        took, echo = self.page.evaluate('window.took'), max(before, self.echo())
-        self.milliseconds[what] = {'took': round(took), 'echo': round(echo)}
+        self.milliseconds[what] = {'took': round(self.page.evaluate('window.took')), 'echo': round(echo)}
 
     def widget(self, kind, name):
         return self.page.locator(kind).filter(has=self.page.locator('.widget-label', has_text=name)).first
@@ -511,7 +512,9 @@ def test_explorer(name, lab, runs, chromium):
         drive(page, runs)
         page.record(name)
         took, echo = (np.median([v[k] for v in page.milliseconds.values()]) for k in ('took', 'echo'))
-        assert took < BOUND * max(1, echo / IDLE_ECHO), f'{took:.0f} ms at an echo of {echo:.0f}: {page.milliseconds}'
+        crowd, each = max(1, echo / IDLE_ECHO), {k: v['took'] for k, v in page.milliseconds.items() if k not in LONG}
+        assert took < BOUND * crowd, f'{took:.0f} ms at an echo of {echo:.0f}: {page.milliseconds}'
+        assert max(each.values()) < 2 * BOUND * crowd, f'at an echo of {echo:.0f}: {each}'
         assert not page.complaints(), page.complaints()
     except BaseException:
         page.screenshot(f'{name}_failed')

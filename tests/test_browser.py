@@ -46,7 +46,7 @@ MISSING = [name for name, there in (("the Python package playwright (pip install
 QUIET = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
 MANY = int(os.environ.get('ADFLOW_BROWSER_IMAGES', 0))   # so many test images, about; 0: the demonstration's few
-LONG = ('lasso on a patch', 'patch clicked, 1', 'class chosen')      # a drag; a bank of normals, maps of a class are read
+LONG = ('lasso on a patch', 'patch clicked, 1', 'class chosen')      # a drag; a bank, a class are read
 BOUND, IDLE_ECHO = 200, 60      # ms: of an interaction, and of an echo on two cores with nothing else to do
 ABSENT, REQUIRED = 'not here: ' + ' and '.join(MISSING), os.environ.get('ADFLOW_REQUIRE_BROWSER') == '1'
 needs_browser = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=ABSENT)]

@@ -239,7 +239,7 @@ def similarity(run: OpenRun,
     directions: int = 8,       # leading ones, for the angles
     draws: int = 99,           # of the nulls
 ) -> Found:
-    "Are the LoRA of two tasks alike, against permuted nulls; how large is each, how far are its features from the first's."
+    "Are the LoRA of two tasks alike, against permuted nulls; how large is each, how far lie its features."
     lora = _lora(run)
     if len(lora) < 2: raise PartError(f'{run.path}: {len(lora)} tasks have LoRA; it takes two to be alike.')
     alike = similarity_table({c: {k: d.numpy() for k, (_, d) in v.items() if d.norm()} for c, v in lora.items()},

@@ -157,7 +157,7 @@ def result_table(
         own = t.columns if not any(k in t for k in METRICS) else t.select_dtypes('floating').columns
         found = {k: float(t[k].mean()) for k in dict.fromkeys([*METRICS, *own]) if k in t}
         changes = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in sweep.varied(r).items()}
-        rows.append({**found, **changes, 'minutes': m.get('minutes'), 'memory_gib': m.get('peak_memory_gib'),
+        rows.append({**changes, **found, **changes, 'minutes': m.get('minutes'), 'memory_gib': m.get('peak_memory_gib'),
                      'run': f'{r.params.experiment}/{r.name}'})
     return pd.DataFrame(rows)
 

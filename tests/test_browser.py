@@ -168,6 +168,7 @@ class Explorer:
         page.evaluate("window.jupyterapp.commands.execute('runmenu:run-all')")
         page.locator('.jp-OutputArea .jupyter-widgets').first.wait_for(timeout=240_000)     # imports come first
         page.wait_for_function(idle)
+        page.wait_for_timeout(3000)      # JupyterLab still loads pieces of its own, which would be timed
 
     def complaints(self):
         "What went wrong on the page or in the kernel."

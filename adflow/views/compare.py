@@ -23,7 +23,7 @@ __all__ = ['as_ranks', 'Compare']
 
 # %% ../../nbs/views/957_compare.ipynb #cd48d4db
 def as_ranks(maps: np.ndarray) -> np.ndarray:
-    "Values replaced by their rank among all values, 0…1, float32; equal values have the mean of theirs."
+    "Values (of any shape) replaced by their rank among all values, 0…1, float32; equal values have the mean of theirs."
     flat = np.asarray(maps).ravel()
     return ((rankdata(flat) - 1) / max(1, flat.size - 1)).reshape(np.shape(maps)).astype(np.float32)
 
@@ -34,25 +34,31 @@ class Compare(View):
         a: OpenRun, b: OpenRun,
         cls: str | None = None,      # class; None: the first that both have
     ):
-        self.a, self.b, self.place = a, b, 0
+        self.a, self.b, self.place, self._kept = a, b, 0, {}
         self.classes = [c for c in a.classes if c in b.classes]
         if not self.classes or cls not in (None, *self.classes):
             raise PartError(f"no class {cls or ''} in both runs: {a.classes}, {b.classes}.")
         self.choose(cls or self.classes[0])
 
     def choose(self, cls: str):
-        "Another class: the ranks of both runs' maps, and its images in the order of disagreement."
+        "Another class: the ranks of both runs' maps, and its images in the order of disagreement; computed once."
+        features = self.a.of(cls)
+        size = tuple(s // 4 for s in features.preprocess.size)
+        if cls not in self._kept: self._kept[cls] = self._compare(cls, size)
+        self.ranks, self.table = self._kept[cls]
+        self.cls, self.features, self.size, self.place, self.at = cls, features, size, 0, None
+
+    def _compare(self, cls: str, size: tuple) -> tuple: # ranks of both runs (N, h, w), and the table of the N images
         short = lambda p: '/'.join(Path(str(p)).parts[-3:])
         names = [r.of(cls).index['image'].map(short).tolist() for r in (self.a, self.b)]
         if names[0] != names[1]: raise PartError(f'{cls}: the two runs have different test images.')
-        self.cls, self.features, self.place, self.at = cls, self.a.of(cls), 0, None
-        self.size = tuple(s // 4 for s in self.features.preprocess.size)
-        grids = [np.asarray(pixel_maps(np.array(r.maps(cls)), self.size, 1.)) for r in (self.a, self.b)]
-        self.ranks = [as_ranks(g) for g in grids]
-        change = np.abs(self.ranks[0] - self.ranks[1]).mean((1, 2))
-        self.table = self.features.index[['kind', 'label']].reset_index(drop=True).assign(
+        grids = [np.asarray(pixel_maps(np.array(r.maps(cls)), size, 1.)) for r in (self.a, self.b)]
+        ranks = [as_ranks(g) for g in grids]
+        change = np.abs(ranks[0] - ranks[1]).mean((1, 2))
+        table = self.a.of(cls).index[['kind', 'label']].reset_index(drop=True).assign(
             name=names[0], disagreement=change, score_a=as_ranks(grids[0].max((1, 2))),
             score_b=as_ranks(grids[1].max((1, 2)))).sort_values('disagreement', ascending=False)
+        return ranks, table
 
     @property
     def image(self) -> int:
@@ -102,7 +108,7 @@ def refresh(self: Compare):
 
 @patch
 def look(self: Compare, row: int, column: int):
-    "A click: what both make of this place of the image, as rank and in their own units."
+    "A click on the grid of ranks (a cell is 4×4 pixels): what both make of the place, as rank and in their own units."
     self.at, said = (int(row), int(column)), []
     for name, run, ranks in zip(('first', 'second'), (self.a, self.b), self.ranks):
         heat = run.maps(self.cls)[self.image]

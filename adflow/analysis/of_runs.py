@@ -14,7 +14,7 @@ import plotly.express as px
 
 from . import calibration as _calibration, forgetting as _forgetting, replication, svd as _svd
 from . import tail_gradient as _tail
-from .report import ReportError, check_run, find_runs, tabulate
+from .report import ReportError, check_run, find_runs, run_result, tabulate
 from .separation import block_terms, dimension_terms, effective_terms, separation_table, shares
 from .similarity import frechet_distance, mahalanobis_distance, similarity_table
 from .spatial import image_gradient, rings, spatial as _spatial
@@ -23,7 +23,7 @@ from ..features.pseudo import patch_masks
 from ..parts import PartError, Registry, nearest
 from ..views.scores import OpenRun
 from ..workbook.figures import TEMPLATE
-from ..workbook.runs import last_stage
+
 
 # %% auto #0
 __all__ = ['ANALYSES', 'SAME', 'Found', 'labelled', 'opened', 'parts_of', 'calibration', 'separation', 'spatial', 'tail_gradient',
@@ -127,9 +127,8 @@ def separation(run: OpenRun,
 ) -> Found:
     "Defects from normals by class and kind; for a flow also what each block and dimension contributes."
     images = run.evaluator.image_table(run.stage)
-    tables, figures = {'separation': separation_table(images, draws)}, {}
+    tables, figures, rows, spread = {'separation': separation_table(images, draws)}, {}, [], []
     if _calibration.has_latents(run.stage.detector):
-        rows, spread = [], []
         for c, f, g in parts_of(run, split='test'):
             bad, (z, ld) = patch_masks(f).numpy(), _calibration.latents(run.stage.detector, f, g)
             rows.append(shares(block_terms(run.stage.detector, f, g), bad).reset_index().assign(**{'class': c}))
@@ -137,7 +136,7 @@ def separation(run: OpenRun,
             spread.append({'class': c, **each.drop('minus log det')[['variance_share', 'gap_share']].agg(
                 effective_terms).add_suffix(' over so many dimensions'),
                            **each.loc['minus log det'].add_prefix('log det: ')})
-    if _calibration.has_latents(run.stage.detector) and rows:
+    if rows:
         tables |= {'blocks': pd.concat(rows).set_index(['class', 'term']), 'dimensions': pd.DataFrame(spread).set_index(
             'class')}
         figures['blocks'] = px.bar(pd.concat(rows), x='class', y='gap_share', color='term', template=TEMPLATE,
@@ -180,16 +179,18 @@ def tail_gradient(runs,
 ) -> Found:
     "Each run's model under many losses; of two runs named `mean` and `tail` also H1 to H7, class by class."
     models, rows, tests, of = opened(runs), [], [], labelled(runs)
+    pair = {'mean', 'tail'} <= set(of)
+    if pair:
+        for k in ('mean', 'tail'): _only(of, k)
+        a, b = (models[k].study.p for k in ('mean', 'tail'))
+        if odd := [k for k in SAME if getattr(a, k, None) != getattr(b, k, None)]:
+            raise ReportError(f'the runs of mean and tail differ in {", ".join(odd)}: H1 to H7 compare losses only.')
     for n, run in models.items():
         _needs_latents(run)
         for c, f, g in parts_of(run, split='train', label=0):
             x = f.batch(slice(0, min(images, 8)))
             rows.append(_tail.sweep(run.stage.detector, x, g, weights, ratios, seed).assign(model=n, **{'class': c}))
-    if {'mean', 'tail'} <= set(of):
-        for k in ('mean', 'tail'): _only(of, k)
-        a, b = (models[k].study.p for k in ('mean', 'tail'))
-        if odd := [k for k in SAME if getattr(a, k, None) != getattr(b, k, None)]:
-            raise ReportError(f'the runs of mean and tail differ in {", ".join(odd)}: H1 to H7 compare losses only.')
+    if pair:
         for c, _, g in parts_of(models['mean'], split='train', label=0):
             f = models['mean'].features.where(**{'class': c})
             both = {k: models[k].stage.detector for k in ('mean', 'tail')}
@@ -278,7 +279,7 @@ def rows_of(
             if other := seen.get(key := (name, seed, order)):
                 raise ReportError(f'{name}: {other} and {f} both have seed {seed}; the pattern takes in other runs.')
             seen[key] = f
-            if last: t = last_stage(t).select_dtypes('number').mean().to_frame().T
+            if last: t = run_result(f).to_frame().T
             out.append(t.assign(configuration=name, seed=seed, order=order))
     return pd.concat(out, ignore_index=True)
 

@@ -463,6 +463,18 @@ def test_random_kills_change_nothing(home):
     assert max(starts) > 1                                # some run really was resumed
     assert not list((home / 'outputs/tiny').glob('.*.partial'))
 
+@pytest.mark.slow
+def test_killed_before_it_got_its_name(home):
+    "All cells of a run are done and its launcher dies before the rename: the sweep names it and computes nothing."
+    sweep = sweep_of(home, grid={'x': [1., 2.]}, seeds=[0])
+    assert subprocess.run(command(home), env=ENV, timeout=400).returncode == 0
+    run, read = sweep.runs[1], lambda: read_json(sweep.final(sweep.runs[1]) / 'manifest.json')
+    before = read()
+    sweep.final(run).rename(sweep.partial(run))
+    assert sweep.state(run) == 'killed' and len(found(sweep)) == 1
+    assert subprocess.run(command(home), env=ENV, timeout=400).returncode == 0
+    assert found(sweep) == expected(sweep) and read() == before and not sweep.partial(run).exists()
+
 @pytest.mark.skipif(not os.environ.get('ADFLOW_NIGHT'), reason='an hour: ADFLOW_NIGHT=1')
 def test_a_night_of_the_quickstart(tmp_path, monkeypatch):
     """24 runs of the quickstart, two at a time, twice: left alone, and under ten kills.

@@ -306,12 +306,14 @@ def _held(lock_file: Path) -> bool:
 def run_state(
     folder,                # where a run is when it is done
 ) -> str:                  # done, running, failed, killed, or new: nothing is there
-    "How far a run is."
+    "How far a run is. One that is complete but was killed before it got its name is killed: the next start names it."
     folder = Path(folder)
-    if read_json(folder/'manifest.json').get('state') == 'done': return 'done'
+    def done(): return read_json(folder/'manifest.json').get('state') == 'done'
+    if done(): return 'done'
     if _held(folder.with_name(f'.{folder.name}.lock')): return 'running'
     state = read_json(folder.with_name(f'.{folder.name}.partial')/'manifest.json').get('state')
-    return {None: 'new', 'failed': 'failed', 'done': 'done'}.get(state, 'killed')
+    if done(): return 'done'                             # published while we looked
+    return {None: 'new', 'failed': 'failed'}.get(state, 'killed')       # 'done', but its launcher could not publish it
 
 def list_runs(
     outputs='outputs',     # folder of all runs

@@ -1,9 +1,9 @@
 """The explorers in a real browser: JupyterLab on a loopback port, headless Chromium, sliders moved, patches clicked.
 
 What the page must say is computed here from the files of the runs, not by the widget. `outputs/screens/<notebook>.png`
-shows the page, `<notebook>.json` the milliseconds from an event to the changed text, and of an empty echo. The
-median of an explorer must stay under 200 ms, and each but a few under 400, or as many times more as the echo before it
-takes longer than on two idle cores.
+shows the page, `<notebook>.json` the milliseconds from an event to the changed text, to the end of the drawing, and of
+an empty echo. The text of every interaction must have changed within 200 ms, or as many times more as the echo before
+takes longer than on two idle cores; where something else held one up, the notebook is driven again, twice at most.
 With ADFLOW_SCREENS=1 the pictures of the README, `nbs/images/explore_<notebook>.png`, are made anew. A new explorer
 gets a function like those at the end. Without Chromium or playwright these tests skip; with ADFLOW_REQUIRE_BROWSER=1,
 as in CI, they fail. ADFLOW_BROWSER_IMAGES=1000 drives them on runs of so many images.
@@ -46,7 +46,6 @@ MISSING = [name for name, there in (("the Python package playwright (pip install
 QUIET = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
 MANY = int(os.environ.get('ADFLOW_BROWSER_IMAGES', 0))   # so many test images, about; 0: the demonstration's few
-LONG = ('lasso on a patch', 'patch clicked, 1', 'class chosen')      # a drag; a bank, a class are read
 BOUND, IDLE_ECHO = 200, 60      # ms: of an interaction, and of an echo on two cores with nothing else to do
 ABSENT, REQUIRED = 'not here: ' + ' and '.join(MISSING), os.environ.get('ADFLOW_REQUIRE_BROWSER') == '1'
 needs_browser = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=ABSENT)]
@@ -194,12 +193,17 @@ class Explorer:
             return took.sort((a, b) => a - b)[1] }""")
 
     def timed(self, css, act, what):
-        "Acts, and measures in the browser from the first event to the changed text."
+        """Acts, and measures in the browser from the first event to the changed text, and to the end of the drawing, as
+        far as plotly tells; None where nothing is drawn."""
+        self.page.wait_for_timeout(500)          # a page that has settled
         echo = self.echo()
         self.page.evaluate("""css => {
             const read = () => [...document.querySelectorAll(css)].map(e => e.textContent).join('|');
             const before = read();
-            window.began = window.took = null;
+            window.began = window.took = window.drawn = null;
+            for (const plot of document.querySelectorAll('.jupyter-widgets .js-plotly-plot'))
+                for (const kind of ['afterplot', 'relayout', 'restyle', 'update']) plot.on('plotly_' + kind, () => {
+                    if (window.began) window.drawn = performance.now() - window.began });
             for (const kind of ['keydown', 'change', 'mouseup']) addEventListener(kind, () => {
                 window.began ??= performance.now() }, {capture: true});
             new MutationObserver((_, me) => { if (window.began && read() !== before) {
@@ -207,7 +211,10 @@ class Explorer:
             }).observe(document.body, {subtree: true, childList: true, characterData: true}) }""", css)
         act()
         self.says(css, lambda _: self.page.evaluate('window.took !== null'), what)
-        self.milliseconds[what] = {'took': round(self.page.evaluate('window.took')), 'echo': round(echo)}
+        drawn = -1
+        while drawn != (drawn := self.page.evaluate('window.drawn')): self.page.wait_for_timeout(400)
+        self.milliseconds[what] = {'took': round(self.page.evaluate('window.took')), 'echo': round(echo),
+                                   'drawn': drawn and round(drawn)}
 
     def widget(self, kind, name):
         return self.page.locator(kind).filter(has=self.page.locator('.widget-label', has_text=name)).first
@@ -284,9 +291,10 @@ class Explorer:
                 {code: 'import ipywidgets; ipywidgets.Widget.close_all()'}).done.then(() => 1)])""")
         finally: self.page.close()
 
-    def record(self, name):
+    @staticmethod
+    def record(name, milliseconds):
         "The milliseconds of all that was timed."
-        (ROOT / f'outputs/screens/{name}.json').write_text(json.dumps(self.milliseconds))
+        (ROOT / f'outputs/screens/{name}.json').write_text(json.dumps(milliseconds))
 
     def screenshot(self, name):
         screens = ROOT / 'outputs/screens'
@@ -408,6 +416,8 @@ def compare(page, runs):
     linked(page, 'first', height, width)
     page.enter('disputed', len(titles) - 1)
     page.says(title, titles[-1:], 'the least disputed image')
+    page.timed(title, lambda: page.choose('class', label='retina'), 'class chosen')
+    page.says(title, lambda t: t[0].startswith('retina, '), 'another class')
 
 @explorer('latent', run_dir='flow')
 def latent(page, runs):
@@ -426,7 +436,7 @@ def latent(page, runs):
         page.timed('.adflow-selection', lambda: act('patches', *dots[i]), what)
         page.says('.adflow-patch', [f"{one['score']:.4g} · {one['class']} · {one['kind']}"], what)
     page.screenshot('latent')
-    page.choose('space', label='latents')
+    page.timed('.adflow-plane', lambda: page.choose('space', label='latents'), 'space chosen')
     page.says('.adflow-plane', lambda t: 'of latents' in t[0], 'another space')
 
 @explorer('attention', run_dir='decoder')
@@ -447,6 +457,8 @@ def attention(page, runs):
     page.says('.adflow-layer', lambda t: t[0].startswith('layer 2 of 3'), 'the next layer')
     page.says('.adflow-heard', lambda t: t != heard, 'another layer hears other tokens')
     page.screenshot('attention')
+    for name, option in (('image', {'index': 0}), ('class', {'label': 'retina'})):
+        page.timed('.adflow-error', lambda: page.choose(name, **option), f'{name} chosen')
 
 @explorer('hdmap', fault='tooth', gear='driving', severity=1., N1=19, N2=31)
 def hdmap(page, runs):
@@ -507,17 +519,18 @@ def test_a_missing_browser_skips_or_fails(tmp_path, required, said):
 def test_explorer(name, lab, runs, chromium):
     drive, parameters = EXPLORERS[name]
     known = {'outputs': runs['flow'].path.parents[1], **{k: r.path for k, r in runs.items()}}
-    address = lab.put(name, {k: str(known[v]) if v in known else v for k, v in parameters.items()})
-    page = Explorer(chromium.new_page(), address)
-    try:
-        drive(page, runs)
-        page.record(name)
-        took, echo = (np.median([v[k] for v in page.milliseconds.values()]) for k in ('took', 'echo'))
-        crowd, each = max(1, echo / IDLE_ECHO), {k: v['took'] for k, v in page.milliseconds.items() if k not in LONG}
-        assert took < BOUND * crowd, f'{took:.0f} ms at an echo of {echo:.0f}: {page.milliseconds}'
-        assert max(each.values()) < 2 * BOUND * crowd, f'at an echo of {echo:.0f}: {each}'
-        assert not page.complaints(), page.complaints()
-    except BaseException:
-        page.screenshot(f'{name}_failed')
-        raise
-    finally: page.leave()
+    best, bound = {}, lambda v: BOUND * max(1, v['echo'] / IDLE_ECHO)
+    for _ in range(3):
+        page = Explorer(chromium.new_page(), lab.put(name, {k: str(known.get(v, v)) if isinstance(v, str) else v
+                                                            for k, v in parameters.items()}))
+        try:
+            drive(page, runs)
+            for k, v in page.milliseconds.items(): best[k] = min(best.get(k, v), v, key=lambda v: v['took'] / bound(v))
+            page.record(name, best)
+            assert not page.complaints(), page.complaints()
+        except BaseException:
+            page.screenshot(f'{name}_failed')
+            raise
+        finally: page.leave()
+        if not (slow := {k: v for k, v in best.items() if v['took'] >= bound(v)}): break
+    assert not slow, slow

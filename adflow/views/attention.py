@@ -15,7 +15,7 @@ from ..dinomaly.model import Dinomaly
 from ..dinomaly.visible import AttentionMaps, centre_of, decoder_inputs
 from ..features.augment import draw
 from ..parts import PartError, nearest, use_task
-from .living import LivingFigure, View, in_turn, link_panels, patch_cells, patch_centre
+from .living import Hush, LivingFigure, View, in_turn, link_panels, patch_cells, patch_centre
 from .scores import OpenRun, as_source
 from ..workbook.figures import SCALE
 
@@ -188,4 +188,4 @@ def show(self: Attention):
         if t.type == 'heatmap':
             t.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))
     self.text.value = self.words()
-    return W.VBox([W.HBox([cls, image]), layer, self.text, self.living])
+    return W.VBox([W.HBox([cls, image]), layer, self.text, self.living, Hush()])

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/views/957_compare.ipynb #28e25854
 from __future__ import annotations
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy.stats import rankdata
 
 from ..evaluate.scoring import pixel_maps
 from ..parts import PartError
-from .living import LivingFigure, View, cross, in_turn, link_panels, patch_cells
+from .living import Hush, LivingFigure, Once, View, cross, in_turn, link_panels, meanwhile, patch_cells
 from .scores import OpenRun, as_source
 from ..workbook.figures import SCALE
 
@@ -34,7 +35,7 @@ class Compare(View):
         a: OpenRun, b: OpenRun,
         cls: str | None = None,      # class; None: the first that both have
     ):
-        self.a, self.b, self.place, self._kept = a, b, 0, {}
+        self.a, self.b, self.place, self._kept = a, b, 0, Once(self._compare)
         self.classes = [c for c in a.classes if c in b.classes]
         if not self.classes or cls not in (None, *self.classes):
             raise PartError(f"no class {cls or ''} in both runs: {a.classes}, {b.classes}.")
@@ -42,13 +43,11 @@ class Compare(View):
 
     def choose(self, cls: str):
         "Another class: the ranks of both runs' maps, and its images in the order of disagreement; computed once."
-        features = self.a.of(cls)
-        size = tuple(s // 4 for s in features.preprocess.size)
-        if cls not in self._kept: self._kept[cls] = self._compare(cls, size)
-        self.ranks, self.table = self._kept[cls]
-        self.cls, self.features, self.size, self.place, self.at = cls, features, size, 0, None
+        self.ranks, self.table = self._kept(cls)
+        self.cls, self.features, self.size, self.place, self.at = cls, self.a.of(cls), self.ranks[0].shape[1:], 0, None
 
-    def _compare(self, cls: str, size: tuple) -> tuple: # ranks of both runs (N, h, w), and the table of the N images
+    def _compare(self, cls: str) -> tuple:       # ranks of both runs (N, h, w), and the table of the N images
+        size = tuple(s // 4 for s in self.a.of(cls).preprocess.size)
         short = lambda p: '/'.join(Path(str(p)).parts[-3:])
         names = [r.of(cls).index['image'].map(short).tolist() for r in (self.a, self.b)]
         if names[0] != names[1]: raise PartError(f'{cls}: the two runs have different test images.')
@@ -120,7 +119,7 @@ def look(self: Compare, row: int, column: int):
 
 @patch
 def show(self: Compare):
-    "A class, a slider over its images, most disputed first, and the figure that is clicked; for JupyterLab."
+    "A class, a slider over its images, most disputed first, and the figure to click on; for JupyterLab."
     import ipywidgets as W
     self.living, self.text = self.build(LivingFigure), W.HTML()
     cls = W.Dropdown(options=self.classes, value=self.cls, description='class')
@@ -140,4 +139,5 @@ def show(self: Compare):
         if t.type == 'heatmap':
             t.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))
     self.refresh()
-    return W.VBox([W.HBox([cls, place]), self.living, self.text])
+    meanwhile(*(functools.partial(self._kept, c) for c in self.classes))
+    return W.VBox([W.HBox([cls, place]), self.living, self.text, Hush()])

@@ -17,7 +17,7 @@ from ..data.hdmap import hdmap_from_vibration
 from ..data.phase import tacho_phase
 from ..evaluate.diagnosis import diagnose
 from ..parts import PartError, nearest
-from .living import LivingFigure, View, in_turn
+from .living import Hush, LivingFigure, View, in_turn
 from ..workbook.figures import BAD, COLOURS, GOOD, SCALE
 
 # %% auto #0
@@ -238,4 +238,4 @@ def show(self: HDMapView):
     heat = next(t for t in self.living.data if t.name == 'map')
     heat.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))
     reach(); self.refresh()
-    return W.VBox([W.HBox([fault, gear]), W.HBox([tooth, partner]), severity, self.text, self.living])
+    return W.VBox([W.HBox([fault, gear]), W.HBox([tooth, partner]), severity, self.text, self.living, Hush()])

@@ -15,9 +15,9 @@ from fastcore.basics import patch
 from skimage.measure import points_in_poly
 from sklearn.decomposition import PCA
 
-from ..analysis.calibration import has_latents, latents
+from ..analysis.calibration import has_latents
 from ..parts import PartError, nearest
-from .living import LivingFigure
+from .living import Hush, LivingFigure, Once, meanwhile
 from .scores import OpenRun, as_source, crop_patch
 from ..workbook.figures import BAD, COLOURS, SCALE
 
@@ -75,7 +75,7 @@ def vectors(
         for i in range(0, len(rows), images):
             some = rows[i:i + images]
             if space == 'features': x = of.batch(some).cpu().numpy()
-            else: x = latents(run.stage.detector, of.where(image=of.index['image'].iloc[some].tolist()), group)[0]
+            else: x = run.latents(of.where(image=of.index['image'].iloc[some].tolist()), group)[0]
             mine = part[part['image'].isin(some)]
             if out is None: out = np.empty((len(table), x.shape[-1]), np.float32)
             out[mine.index] = x[np.searchsorted(some, mine['image']), mine['row'], mine['column']]
@@ -138,19 +138,20 @@ class Latent:
         seed: int = 0,
     ):
         self.run, self.seed, self.shown, self.table = run, seed, shown, sample_patches(run, patches, seed=seed)
-        self.colour, self.selected, self._planes, self._pieces = colour, np.array([], int), {}, {}
+        self.colour, self.selected, self._planes, self._pieces = colour, np.array([], int), Once(self._fit), {}
         self.features = {c: run.of(c) for c in run.classes}
         if colour not in COLOUR_BY: raise PartError(f"latent: no colour '{colour}'.{nearest(colour, COLOUR_BY)}")
         self.choose(space, method)
 
     def choose(self, space: str, method: str):
         "Another plane; each is fitted once and kept."
-        if (space, method) not in self._planes:
-            named = prototypes(self.run.stage.router) if space == 'features' else ([], np.zeros((0, 0)))
-            x = vectors(self.run, self.table, space)
-            self._planes[space, method] = *project(x, named[1], method, self.seed), named[0]
+        self.xy, self.proto_xy, self.said, self.names = self._planes((space, method))
         self.space, self.method = space, method
-        self.xy, self.proto_xy, self.said, self.names = self._planes[space, method]
+
+    def _fit(self, key):
+        (space, method), named = key, ([], np.zeros((0, 0)))
+        if space == 'features': named = prototypes(self.run.stage.router)
+        return *project(vectors(self.run, self.table, space), named[1], method, self.seed), named[0]
 
     def colours(self) -> tuple:      # values (n,), colour scale, bounds, legend as HTML
         "What the points' colours say."
@@ -248,6 +249,7 @@ def refresh(self: Latent, what: str):
     "Brings the living figure up to date: `plane`, or `colour`."
     dots, stars = self.living.data
     values, scale, (lo, hi), legend = self.colours()
+    self.text.value = f"<span class='adflow-plane'>{self.words()}</span> · <span class='adflow-legend'>{legend}</span>"
     with self.living.batch_update():
         if what == 'plane':
             dots.x, dots.y = self.xy.T
@@ -256,11 +258,10 @@ def refresh(self: Latent, what: str):
         else:
             dots.marker.update(color=values, colorscale=scale, cmin=lo, cmax=hi)
             self.living.layout.title.text = legend
-    self.text.value = f"<span class='adflow-plane'>{self.words()}</span> · <span class='adflow-legend'>{legend}</span>"
 
 @patch
 def show(self: Latent):
-    "Choices, the figure with its lasso, and the patches inside; for JupyterLab."
+    "Choices, the figure with its lasso, and the patches inside; for JupyterLab. The other PCA is made meanwhile."
     import ipywidgets as W
     self.living, self.text, self.chosen, self.near, self.message = self.build(LivingFigure), *(
         W.HTML() for _ in range(4))
@@ -285,4 +286,6 @@ def show(self: Latent):
     self.living.on_outline(lambda outlines: self.select(self.inside(outlines)))
     self.living.data[0].on_click(lambda _, points, __: points.point_inds and self.select(points.point_inds))
     self.refresh('colour'); self.select(self.selected)
-    return W.VBox([W.HBox([space, method, colour]), top, self.text, self.message, self.living, self.chosen, self.near])
+    meanwhile(*(lambda s=s: self._planes((s, 'pca')) for s in SPACES))
+    return W.VBox([W.HBox([space, method, colour]), top, self.text, self.message, self.living, self.chosen, self.near,
+                   Hush()])

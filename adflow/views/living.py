@@ -4,13 +4,15 @@
 
 # %% ../../nbs/views/945_living.ipynb #11355ed9
 from __future__ import annotations
-import functools, threading
+import collections, functools, threading
 
+import anywidget
 import numpy as np
 import plotly.graph_objects as go
+from traitlets import observe
 
 # %% auto #0
-__all__ = ['in_turn', 'LivingFigure', 'View', 'patch_cells', 'patch_centre', 'cross', 'link_panels']
+__all__ = ['in_turn', 'LivingFigure', 'Hush', 'Once', 'meanwhile', 'View', 'patch_cells', 'patch_centre', 'cross', 'link_panels']
 
 # %% ../../nbs/views/945_living.ipynb #9d808655
 def in_turn(
@@ -30,6 +32,11 @@ def in_turn(
 # %% ../../nbs/views/945_living.ipynb #0a85d765
 class LivingFigure(go.FigureWidget):
     "plotly's widget; what its page says about places of an array is not taken for properties."
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._outlined = lambda outlines: None
+        self.add_class('adflow-living')
+
     @staticmethod
     def _remove_overlapping_props(input_data, delta_data, prop_path=()):
         if isinstance(input_data, dict):
@@ -40,14 +47,56 @@ class LivingFigure(go.FigureWidget):
         react,                       # function of a list of outlines, each (corners, 2) in data units; [] if taken away
     ):
         "Reacts to what is drawn with lasso or box."
-        def drawn(change):
-            sent = (change['new'] or {}).get('relayout_data') or {}
-            if 'selections' in sent: react([_corners(s) for s in sent['selections']])
-        self.observe(drawn, '_js2py_relayout')
+        self._outlined = react
+
+    @observe('_js2py_relayout')
+    def _handler_js2py_relayout(self, change):
+        sent = (change['new'] or {}).get('relayout_data') or {}
+        if 'selections' in sent: self._outlined([_corners(s) for s in sent['selections']])   # first: plotly takes 50 ms
+        super()._handler_js2py_relayout(change)
 
 def _corners(s):
     if s['type'] == 'path': return np.array([c.split(',') for c in s['path'].strip('MZ').split('L')], float)
     return np.array([(s[x], s[y]) for x, y in (('x0', 'y0'), ('x0', 'y1'), ('x1', 'y1'), ('x1', 'y0'))], float)
+
+class Hush(anywidget.AnyWidget):
+    "Nothing to see: on its page, a `LivingFigure` no longer tells where the mouse is and what an outline encloses."
+    _esm = """
+    const unasked = ['plotly_hover', 'plotly_unhover', 'plotly_selected', 'plotly_deselect'];
+    const hush = plot => plot.closest('.adflow-living') && unasked.forEach(name => plot.removeAllListeners(name));
+    const drawn = event => hush(event.detail.element);      // plotly's widget says so once it listens
+    export default {
+        initialize() {
+            document.querySelectorAll('.adflow-living .js-plotly-plot, .adflow-living.js-plotly-plot').forEach(hush);
+            document.addEventListener('plotlywidget-after-render', drawn);
+            return () => document.removeEventListener('plotlywidget-after-render', drawn) },
+        render({ el }) { el.style.display = 'none' } }"""
+
+class Once:
+    "Values by key, each made when first asked for, by whichever thread asks; another key does not wait for it."
+    def __init__(self,
+        make,                        # function of a key; what it raises is raised, and it is called again next time
+    ):
+        self.make, self.values, self.locks = make, {}, collections.defaultdict(threading.Lock)
+
+    def __call__(self, key):
+        with self.locks[key]:
+            if key not in self.values: self.values[key] = self.make(key)
+        return self.values[key]
+
+def meanwhile(
+    *steps,                          # functions, called one after the other
+) -> threading.Thread:               # started
+    """Does in a thread what may be asked for next. What fails there is left: it fails again, and is told, when it is
+    asked for. Ends with the step at which the main thread ends."""
+    def work():
+        for step in steps:
+            if not threading.main_thread().is_alive(): return
+            try: step()
+            except Exception: pass
+    thread = threading.Thread(target=work, name='adflow-meanwhile')
+    thread.start()
+    return thread
 
 # %% ../../nbs/views/945_living.ipynb #b6255b57
 class View:

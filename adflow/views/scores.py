@@ -4,7 +4,7 @@
 
 # %% ../../nbs/views/95_scores.ipynb #444dee2a
 from __future__ import annotations
-import base64, collections, io, json, os
+import base64, collections, functools, io, json, os, threading
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ from sklearn.metrics import roc_curve
 from ..analysis.calibration import has_latents, latents
 from ..evaluate.metrics import threshold_from_normals
 from ..evaluate.scoring import image_scores, pixel_maps
-from ..evaluate.stages import score_maps
+from ..evaluate.stages import default_batch, score_maps
 from ..flow.losses import patch_nll
 from ..memory.patchcore import nearest_members
 from ..parts import PartError
-from .living import LivingFigure, View, cross, in_turn, link_panels, patch_cells
+from .living import Hush, LivingFigure, Once, View, cross, in_turn, link_panels, meanwhile, patch_cells
 from ..workbook.figures import BAD, GOOD, SCALE
 from ..workbook.params import checkout, find_experiment, read_yaml, resolve, to_yaml
 from ..workbook.runs import RunError, read_json, write_file
@@ -53,24 +53,54 @@ class OpenRun:
         self.evaluator, self.features = self.study.evaluator, self.study.features
         self.sent = self.evaluator.route(self.stage)
         self.classes = list(dict.fromkeys(self.sent['class']))
-        self._bank = {}
+        self.turn = threading.RLock()      # a detector is set to one group of adapters at a time
+        self._maps, self._held = Once(self._write_maps), Once(self._held_out)
+        self._bank = Once(lambda cls: self._standardized(cls))
 
     def __repr__(self): return f'OpenRun({self.path.parent.name}/{self.path.name}: {len(self.sent)} test images)'
     def of(self, cls: str): return self.evaluator.of(cls)
     def labels(self, cls: str) -> np.ndarray: return self.of(cls).index['label'].to_numpy()
 
-    def maps(self,
-        cls: str,                    # class
-    ) -> np.ndarray:                 # (N, H, W) float32, on the disk: read what is looked at
-        "The score maps of the test images of a class."
+    def scored(self,
+        features, groups: list,      # FeatureSet of one class; the group of adapters of each image
+    ) -> np.ndarray:                 # (N, H, W) float32
+        "Score maps. Another thread that needs the detector waits for one batch of images, not for all."
+        out, groups = np.empty((len(features), *features.grid), np.float32), np.asarray(groups)
+        n = default_batch(features)
+        for group in dict.fromkeys(groups.tolist()):
+            rows = np.flatnonzero(groups == group)
+            for part in (rows[i:i + n] for i in range(0, len(rows), n)):
+                some = features.where(image=features.index['image'].iloc[part].tolist())
+                with self.turn: out[part] = score_maps(self.stage.detector, some, [group] * len(part)).numpy()
+        return out
+
+    def latents(self,
+        features, group: str,        # FeatureSet, whose adapters
+    ) -> tuple[np.ndarray, np.ndarray]: # z (N, H, W, D), log-determinant (N, H, W) in nats
+        "What the flow makes of every patch."
+        with self.turn: return latents(self.stage.detector, features, group)
+
+    def _write_maps(self, cls):
         file = self.path/'score_maps'/f'{cls}.npy'
         if not file.is_file():
             groups = self.sent['routed_group'][self.sent['class'] == cls].tolist()
             file.parent.mkdir(exist_ok=True)
             temporary = file.with_name(f'.{cls}-{os.getpid()}.npy')
-            np.save(temporary, score_maps(self.stage.detector, self.of(cls), groups).numpy())
+            np.save(temporary, self.scored(self.of(cls), groups))
             os.replace(temporary, file)
-        return np.load(file, mmap_mode='r')
+        return file
+
+    def maps(self,
+        cls: str,                    # class
+    ) -> np.ndarray:                 # (N, H, W) float32, on the disk: read what is looked at
+        "The score maps of the test images of a class."
+        return np.load(self._maps(cls), mmap_mode='r')
+
+    def _held_out(self, cls):
+        "Score maps (N, H, W) of a class's held-out normals."
+        held = self.features.where(split='validation', label=0, **{'class': cls})
+        task = next(t.name for t in self.stage.tasks if cls in t.classes)
+        return self.scored(held, [self.stage.detector.group_of(task, cls)] * len(held))
 
     def threshold(self,
         cls: str,                    # class
@@ -78,10 +108,8 @@ class OpenRun:
         fpr: float = .1,             # promised false alarm rate
     ) -> float:                      # of held-out normals; where too few were held out, the highest test normal
         "Where the slider starts."
-        held = self.features.where(split='validation', label=0, **{'class': cls})
-        if len(held) >= 1 / fpr - 1:
-            group = self.stage.detector.group_of(next(t.name for t in self.stage.tasks if cls in t.classes), cls)
-            return threshold_from_normals(scores(score_maps(self.stage.detector, held, [group] * len(held))), fpr)
+        held = self._held(cls)
+        if len(held) >= 1 / fpr - 1: return threshold_from_normals(scores(torch.from_numpy(held)), fpr)
         normal = np.array(self.maps(cls)[self.labels(cls) == 0])
         return float(scores(torch.from_numpy(normal)).max())
 
@@ -118,19 +146,21 @@ def find_run(
 
 # %% ../../nbs/views/95_scores.ipynb #65ea9ee0
 @patch
-def bank(self: OpenRun, cls: str, most: int = 20_000) -> tuple:
-    "Standardized normal patches of a class (n, D), where each is (image, row, column), mean and deviation."
-    if cls not in self._bank:
-        train = self.features.where(split='train', label=0, **{'class': cls})
-        h, w = train.grid
-        images = max(1, min(len(train), most // (h * w)))
-        rows = np.unique(np.linspace(0, len(train) - 1, images).round().astype(int))
-        x = train.batch(rows).flatten(0, 2).cpu()
-        mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-        at = np.stack(np.unravel_index(np.arange(len(x)), (len(rows), h, w)), 1)
-        at[:, 0] = rows[at[:, 0]]
-        self._bank[cls] = (x - mean) / std, at, mean, std, train
-    return self._bank[cls]
+def _standardized(self: OpenRun, cls: str, most: int = 20_000):
+    train = self.features.where(split='train', label=0, **{'class': cls})
+    h, w = train.grid
+    images = max(1, min(len(train), most // (h * w)))
+    rows = np.unique(np.linspace(0, len(train) - 1, images).round().astype(int))
+    x = train.batch(rows).flatten(0, 2).cpu()
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    at = np.stack(np.unravel_index(np.arange(len(x)), (len(rows), h, w)), 1)
+    at[:, 0] = rows[at[:, 0]]
+    return (x - mean) / std, at, mean, std, train
+
+@patch
+def bank(self: OpenRun, cls: str) -> tuple:
+    "Standardized normal patches (n, D) of a class, where each is (image, row, column), mean, deviation, their images."
+    return self._bank(cls)
 
 @patch
 def like(self: OpenRun,
@@ -150,7 +180,7 @@ def latent(self: OpenRun,
     "What the flow makes of a patch."
     if not has_latents(self.stage.detector): return {}
     group, of = self.sent['routed_group'][self.sent['class'] == cls].iloc[image], self.of(cls)
-    both = latents(self.stage.detector, of.where(image=[of.index['image'].iloc[image]]), group)
+    both = self.latents(of.where(image=[of.index['image'].iloc[image]]), group)
     z, log_det = (torch.from_numpy(x[0, row, column, None]) for x in both)
     return {'‖z‖²': z.square().sum().item(), 'log-det': log_det.item(), 'NLL': patch_nll(z, log_det).item()}
 
@@ -278,13 +308,18 @@ def build(self: ScoreMaps, kind=go.Figure) -> go.Figure:
 
 # %% ../../nbs/views/95_scores.ipynb #2fa12794
 @patch
+def words(self: ScoreMaps) -> str:
+    "Score, verdict and confusion matrix, as HTML."
+    v = self.verdict()
+    said = 'ALARM' if v['alarm'] else 'passes'
+    return (f"<b class='adflow-verdict'>score {v['score']:.4g} → {said}</b> · "
+            f"<span class='adflow-confusion'>found {v['found']}, missed {v['missed']}, false alarms "
+            f"{v['false_alarms']}, passed {v['passed']}</span>")
+
+@patch
 def refresh(self: ScoreMaps, what: tuple = ('image', 'scores', 'limit')):
     "Brings the living figure up to date; only what changed is sent."
-    t, v = {x.name: x for x in self.living.data}, self.verdict()
-    said = 'ALARM' if v['alarm'] else 'passes'       # words first: the page takes its time to draw
-    self.text.value = (f"<b class='adflow-verdict'>score {v['score']:.4g} → {said}</b> · "
-                       f"<span class='adflow-confusion'>found {v['found']}, missed {v['missed']}, false alarms "
-                       f"{v['false_alarms']}, passed {v['passed']}</span>")
+    t, v, self.text.value = {x.name: x for x in self.living.data}, self.verdict(), self.words()
     if 'image' in what: self.near.value = self.inner.value = ''
     with self.living.batch_update():
         if 'image' in what:
@@ -317,7 +352,7 @@ def look(self: ScoreMaps, row: int, column: int) -> pd.DataFrame:
 # %% ../../nbs/views/95_scores.ipynb #bb70f9b4
 @patch
 def show(self: ScoreMaps):
-    "Sliders, the figure, and the neighbours of a clicked patch; for JupyterLab."
+    "Sliders, the figure, and the neighbours of a clicked patch; for JupyterLab. Other classes are scored meanwhile."
     import ipywidgets as W
     self.living, self.text, self.inner, self.near = self.build(LivingFigure), W.HTML(), W.HTML(), W.HTML()
     lo, hi = float(self.scores.min()), float(self.scores.max())
@@ -329,16 +364,19 @@ def show(self: ScoreMaps):
     self.widgets = dict(cls=cls, image=image, k=k, limit=limit)
     def bounds():
         a, b = float(self.scores.min()), float(self.scores.max())
+        self.limit = min(max(self.limit, a), b)
+        self.text.value = self.words()                                  # first: the page takes its time
         limit.min, limit.max = min(a, limit.min), max(b, limit.max)     # wide first: the page clamps what is outside
-        self.limit = limit.value = min(max(self.limit, a), b)           # and sends that back as if it were moved
+        limit.value = self.limit                                        # and sends that back as if it were moved
         limit.min, limit.max, limit.step = a, b, (b - a) / 200 or 1
     @in_turn
     def changed(name, value):
         if name == 'cls':
             self.choose(value)
+            bounds()
             image.options = [(n, i) for i, n in enumerate(self.names)]
             image.value = self.image
-            bounds()
+            meanwhile(functools.partial(self.run.bank, value))
         elif name == 'image': self.image, self.patch = value, None
         elif name == 'k': self.aggregate(value); bounds()
         else: self.limit = value
@@ -347,4 +385,6 @@ def show(self: ScoreMaps):
     heat = next(t for t in self.living.data if t.name == 'map')
     heat.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))
     self.refresh(())
-    return W.VBox([W.HBox([cls, image]), W.HBox([k, limit]), self.text, self.living, self.inner, self.near])
+    steps = [functools.partial(f, c) for c in self.run.classes for f in (self.run.maps, self.run._held)]
+    meanwhile(functools.partial(self.run.bank, self.cls), *steps)
+    return W.VBox([W.HBox([cls, image]), W.HBox([k, limit]), self.text, self.living, self.inner, self.near, Hush()])

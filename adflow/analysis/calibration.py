@@ -15,8 +15,8 @@ from scipy import stats
 from ..parts import use_task
 
 # %% auto #0
-__all__ = ['TAIL', 'uniformity', 'qq', 'normality', 'has_latents', 'latents', 'gaussianity', 'radial', 'qq_figure', 'conformal_p',
-           'conformal_ks', 'score_calibration']
+__all__ = ['TAIL', 'uniformity', 'qq', 'normality', 'has_latents', 'latents', 'gaussianity', 'radial', 'latent_summary',
+           'qq_figure', 'conformal_p', 'conformal_ks', 'score_calibration']
 
 # %% ../../nbs/analysis/79_calibration.ipynb #15847101
 def _anderson_p(a: float) -> float:
@@ -122,6 +122,15 @@ def radial(
     return {'mean': r.mean() / d, 'effective_dimensions': 2 * r.mean() ** 2 / r.var(), 'dimensions': d,
             'ks': float(_ks(np.sort(stats.chi2.cdf(r, d)))), **{k: few[k] for k in ('ks_p', 'ad', 'ad_p')},
             'beyond_99': float((r > stats.chi2.ppf(.99, d)).mean() / .01)}
+
+def latent_summary(
+    z,                         # (N, H, W, D) latents of normal images
+    seed: int = 0,             # of which patch of an image enters the p-values
+) -> dict:                     # means over dimensions of `gaussianity`; `rejected`; `radial` as radial_…
+    "Both in one row; `rejected`: share of dimensions that Anderson–Darling rejects at .01, one patch per image."
+    d = gaussianity(z, seed)
+    return {**d.drop(columns=['ks_p', 'ad', 'ad_p']).mean(), 'rejected': (d['ad_p'] < .01).mean(),
+            **{f'radial_{k}': v for k, v in radial(z, seed).items()}}
 
 # %% ../../nbs/analysis/79_calibration.ipynb #6b17e7ed
 def qq_figure(

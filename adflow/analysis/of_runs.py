@@ -15,11 +15,9 @@ import plotly.express as px
 from . import calibration as _calibration, forgetting as _forgetting, replication, svd as _svd
 from . import tail_gradient as _tail
 from .report import ReportError, check_run, find_runs, run_result, tabulate
-from .separation import block_terms, dimension_terms, effective_terms, separation_table, shares
+from .separation import contributions, separation_table, spread_of
 from .similarity import frechet_distance, mahalanobis_distance, similarity_table
-from .spatial import image_gradient, rings, spatial as _spatial
-from ..evaluate.stages import score_maps
-from ..features.pseudo import patch_masks
+from .spatial import places
 from ..parts import PartError, Registry, nearest
 from ..views.scores import OpenRun
 from ..workbook.figures import TEMPLATE
@@ -111,10 +109,7 @@ def calibration(run: OpenRun,
     for split in ('train', 'validation', 'test'):
         for c, f, g in parts_of(run, split=split, label=0):
             z, _ = _calibration.latents(run.stage.detector, f, g)
-            d = _calibration.gaussianity(z)
-            rows.append({'class': c, 'split': split, **d.drop(columns=['ks_p', 'ad', 'ad_p']).mean(),
-                         'rejected': (d['ad_p'] < .01).mean(),
-                         **{f'radial_{k}': v for k, v in _calibration.radial(z).items()}})
+            rows.append({'class': c, 'split': split, **_calibration.latent_summary(z)})
             if split == 'test': samples[c] = z[..., ::8]
     scores = _calibration.score_calibration(run.evaluator.image_table(run.stage), fpr, draws)
     return Found({'latents': pd.DataFrame(rows).set_index(['class', 'split']), 'scores': scores},
@@ -130,12 +125,9 @@ def separation(run: OpenRun,
     tables, figures, rows, spread = {'separation': separation_table(images, draws)}, {}, [], []
     if _calibration.has_latents(run.stage.detector):
         for c, f, g in parts_of(run, split='test'):
-            bad, (z, ld) = patch_masks(f).numpy(), _calibration.latents(run.stage.detector, f, g)
-            rows.append(shares(block_terms(run.stage.detector, f, g), bad).reset_index().assign(**{'class': c}))
-            each = shares(dimension_terms(z, ld), bad)
-            spread.append({'class': c, **each.drop('minus log det')[['variance_share', 'gap_share']].agg(
-                effective_terms).add_suffix(' over so many dimensions'),
-                           **each.loc['minus log det'].add_prefix('log det: ')})
+            both = contributions(run.stage.detector, f, g).assign(**{'class': c})
+            rows.append(both[both['by'] == 'block'].drop(columns='by'))
+            spread.append({'class': c, **spread_of(both)})
     if rows:
         tables |= {'blocks': pd.concat(rows).set_index(['class', 'term']), 'dimensions': pd.DataFrame(spread).set_index(
             'class')}
@@ -154,11 +146,10 @@ def spatial(run: OpenRun,
     rows, by_ring = [], []
     for split in ('train', 'test'):
         for c, f, g in parts_of(run, split=split):
-            maps, y = score_maps(run.stage.detector, f, [g] * len(f)).numpy(), f.index['label'].to_numpy()
-            if not (y == 0).any(): continue          # no normals of this split: nothing to say where their tail is
-            bad, edges = patch_masks(f).numpy(), image_gradient(f.images(slice(None)), f.grid)
-            rows.append({'class': c, 'split': split, **_spatial(maps, y, bad, edges, ratio, draws)})
-            if split == 'test': by_ring.append(rings(maps, y, bad, ratio).assign(**{'class': c}))
+            if f.index['label'].all(): continue      # no normals of this split: nothing to say where their tail is
+            tail, ring = places(run.stage.detector, f, g, ratio, draws)
+            rows.append({'class': c, 'split': split, **tail})
+            if split == 'test': by_ring.append(ring.assign(**{'class': c}))
     if not by_ring: return Found({'tail': pd.DataFrame(rows).set_index(['class', 'split'])})
     ring = pd.concat(by_ring).reset_index()
     curve = ring.groupby('distance')[['tail_share', 'null_share']].mean().reset_index()

@@ -10,12 +10,15 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from .calibration import latents
 from .diagnostics import through_blocks
 from .tail_gradient import cohens_d
 from ..evaluate.protocol import auroc, interval
+from ..features.pseudo import patch_masks
 
 # %% auto #0
-__all__ = ['overlap', 'separate', 'separation_table', 'shares', 'effective_terms', 'block_terms', 'dimension_terms']
+__all__ = ['overlap', 'separate', 'separation_table', 'shares', 'effective_terms', 'block_terms', 'dimension_terms',
+           'contributions', 'spread_of']
 
 # %% ../../nbs/analysis/85_separation.ipynb #cf6e87e0
 def overlap(
@@ -109,3 +112,21 @@ def dimension_terms(
     "The score of every patch, without its constant, as a sum over dimensions and the log-determinant."
     energy = {str(d): .5 * np.asarray(z[..., d], float) ** 2 for d in range(z.shape[-1])}
     return energy | {'minus log det': -np.asarray(log_det)}
+
+def contributions(
+    detector,                  # with a `flow` of blocks
+    features,                  # FeatureSet of a class, normals and defects
+    group: str,                # whose adapters
+) -> pd.DataFrame:             # term, variance_share, gap_share, auroc, by: 'dimension' or 'block'
+    "`shares` of the score's terms, taken apart both ways."
+    bad, (z, log_det) = patch_masks(features).numpy(), latents(detector, features, group)
+    ways = {'dimension': dimension_terms(z, log_det), 'block': block_terms(detector, features, group)}
+    return pd.concat([shares(terms, bad).reset_index().assign(by=by) for by, terms in ways.items()], ignore_index=True)
+
+def spread_of(
+    share: pd.DataFrame,       # as from `contributions`
+) -> dict:                     # so many dimensions each share is spread over, and the shares of the log-determinant
+    "What the shares of all dimensions come to."
+    each = share[share['by'] == 'dimension'].set_index('term')[['variance_share', 'gap_share', 'auroc']]
+    over = each.drop('minus log det')[['variance_share', 'gap_share']].agg(effective_terms)
+    return {**over.add_suffix(' over so many dimensions'), **each.loc['minus log det'].add_prefix('log det: ')}

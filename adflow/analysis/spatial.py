@@ -13,10 +13,12 @@ from scipy import stats
 from sklearn.metrics import average_precision_score
 
 from ..evaluate.protocol import auroc
+from ..evaluate.stages import score_maps
+from ..features.pseudo import patch_masks
 
 # %% auto #0
 __all__ = ['edge_distance', 'edge_null', 'edge_moments', 'tail_size', 'tail_patches', 'edge_statistics', 'rings',
-           'image_gradient', 'tail_contrast', 'defect_overlap', 'spatial']
+           'image_gradient', 'tail_contrast', 'defect_overlap', 'spatial', 'places']
 
 # %% ../../nbs/analysis/78_spatial.ipynb #9fb12cc2
 def edge_distance(
@@ -167,3 +169,14 @@ def spatial(
         g = tail_contrast(tail[normal], gradient[normal])
         row |= {'gradient_ratio': g['ratio'], 'gradient_auroc': g['auroc'], 'gradient_p': g['wilcoxon_p']}
     return row | (defect_overlap(tail[~normal], np.asarray(patches)[~normal]) if patches is not None else {})
+
+def places(
+    detector,
+    features, group: str,      # FeatureSet of a class with some normals, whose adapters
+    ratio: float = .02,        # of an image's patches that are its tail
+    draws: int = 499,          # random shifts
+) -> tuple[dict, pd.DataFrame]: # `spatial`, `rings`
+    "Where a detector's highest patches lie, with the class known."
+    maps, y = score_maps(detector, features, [group] * len(features)).numpy(), features.index['label'].to_numpy()
+    bad, edges = patch_masks(features).numpy(), image_gradient(features.images(slice(None)), features.grid)
+    return spatial(maps, y, bad, edges, ratio, draws), rings(maps, y, bad, ratio)

@@ -16,7 +16,7 @@ from PIL import Image
 from plotly.subplots import make_subplots
 from sklearn.metrics import roc_curve
 
-from ..analysis.calibration import has_latents, latents
+from ..analysis.calibration import has_latents, latents as latents_of
 from ..evaluate.metrics import threshold_from_normals
 from ..evaluate.scoring import image_scores, pixel_maps
 from ..evaluate.stages import default_batch, score_maps
@@ -61,57 +61,64 @@ class OpenRun:
     def of(self, cls: str): return self.evaluator.of(cls)
     def labels(self, cls: str) -> np.ndarray: return self.of(cls).index['label'].to_numpy()
 
-    def scored(self,
-        features, groups: list,      # FeatureSet of one class; the group of adapters of each image
-    ) -> np.ndarray:                 # (N, H, W) float32
-        "Score maps. Another thread that needs the detector waits for one batch of images, not for all."
-        out, groups = np.empty((len(features), *features.grid), np.float32), np.asarray(groups)
-        n = default_batch(features)
-        for group in dict.fromkeys(groups.tolist()):
-            rows = np.flatnonzero(groups == group)
-            for part in (rows[i:i + n] for i in range(0, len(rows), n)):
-                some = features.where(image=features.index['image'].iloc[part].tolist())
-                with self.turn: out[part] = score_maps(self.stage.detector, some, [group] * len(part)).numpy()
-        return out
+# %% ../../nbs/views/95_scores.ipynb #5be0f1d2
+@patch
+def scored(self: OpenRun,
+    features, groups: list,      # FeatureSet of one class; the group of adapters of each image
+) -> np.ndarray:                 # (N, H, W) float32
+    "Score maps. Another thread that needs the detector waits for one batch of images, not for all."
+    out, groups = np.empty((len(features), *features.grid), np.float32), np.asarray(groups)
+    n = default_batch(features)
+    for group in dict.fromkeys(groups.tolist()):
+        rows = np.flatnonzero(groups == group)
+        for part in (rows[i:i + n] for i in range(0, len(rows), n)):
+            some = features.where(image=features.index['image'].iloc[part].tolist())
+            with self.turn: out[part] = score_maps(self.stage.detector, some, [group] * len(part)).numpy()
+    return out
 
-    def latents(self,
-        features, group: str,        # FeatureSet, whose adapters
-    ) -> tuple[np.ndarray, np.ndarray]: # z (N, H, W, D), log-determinant (N, H, W) in nats
-        "What the flow makes of every patch."
-        with self.turn: return latents(self.stage.detector, features, group)
+@patch
+def latents(self: OpenRun,
+    features, group: str,        # FeatureSet, whose adapters
+) -> tuple[np.ndarray, np.ndarray]: # z (N, H, W, D), log-determinant (N, H, W) in nats
+    "What the flow makes of every patch."
+    with self.turn: return latents_of(self.stage.detector, features, group)
 
-    def _write_maps(self, cls):
-        file = self.path/'score_maps'/f'{cls}.npy'
-        if not file.is_file():
-            groups = self.sent['routed_group'][self.sent['class'] == cls].tolist()
-            file.parent.mkdir(exist_ok=True)
-            temporary = file.with_name(f'.{cls}-{os.getpid()}.npy')
-            np.save(temporary, self.scored(self.of(cls), groups))
-            os.replace(temporary, file)
-        return file
+@patch
+def _write_maps(self: OpenRun, cls):
+    file = self.path/'score_maps'/f'{cls}.npy'
+    if not file.is_file():
+        groups = self.sent['routed_group'][self.sent['class'] == cls].tolist()
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_name(f'.{cls}-{os.getpid()}.npy')
+        np.save(temporary, self.scored(self.of(cls), groups))
+        os.replace(temporary, file)
+    return file
 
-    def maps(self,
-        cls: str,                    # class
-    ) -> np.ndarray:                 # (N, H, W) float32, on the disk: read what is looked at
-        "The score maps of the test images of a class."
-        return np.load(self._maps(cls), mmap_mode='r')
+@patch
+def maps(self: OpenRun,
+    cls: str,                    # class
+) -> np.ndarray:                 # (N, H, W) float32, on the disk: read what is looked at
+    "The score maps of the test images of a class."
+    return np.load(self._maps(cls), mmap_mode='r')
 
-    def _held_out(self, cls):
-        "Score maps (N, H, W) of a class's held-out normals."
-        held = self.features.where(split='validation', label=0, **{'class': cls})
-        task = next(t.name for t in self.stage.tasks if cls in t.classes)
-        return self.scored(held, [self.stage.detector.group_of(task, cls)] * len(held))
+@patch
+def _held_out(self: OpenRun, cls):
+    "Score maps (N, H, W) of a class's held-out normals."
+    held = self.features.where(split='validation', label=0, **{'class': cls})
+    task = next(t.name for t in self.stage.tasks if cls in t.classes)
+    return self.scored(held, [self.stage.detector.group_of(task, cls)] * len(held))
 
-    def threshold(self,
-        cls: str,                    # class
-        scores,                      # function: maps (N, H, W) → image scores (N,)
-        fpr: float = .1,             # promised false alarm rate
-    ) -> float:                      # of held-out normals; where too few were held out, the highest test normal
-        "Where the slider starts."
-        held = self._held(cls)
-        if len(held) >= 1 / fpr - 1: return threshold_from_normals(scores(torch.from_numpy(held)), fpr)
-        normal = np.array(self.maps(cls)[self.labels(cls) == 0])
-        return float(scores(torch.from_numpy(normal)).max())
+@patch
+def threshold(self: OpenRun,
+    cls: str,                    # class
+    scores,                      # function: maps (N, H, W) → image scores (N,)
+    fpr: float = .1,             # promised false alarm rate
+) -> float:                      # of held-out normals; where too few were held out, the highest test normal
+    "Where the slider starts."
+    held = self._held(cls)
+    if len(held) >= 1 / fpr - 1: return threshold_from_normals(scores(torch.from_numpy(held)), fpr)
+    normal = np.array(self.maps(cls)[self.labels(cls) == 0])
+    return float(scores(torch.from_numpy(normal)).max())
 
 # %% ../../nbs/views/95_scores.ipynb #ca5d50c5
 def demo_run(

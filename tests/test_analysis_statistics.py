@@ -325,7 +325,7 @@ def test_the_report_notebook_on_planted_runs(tmp_path, few):
     text = (tmp_path/'run/table.md').read_text()
     shown = [o.get('data', {}) for c in done.cells for o in c.get('outputs', [])]
     said = [''.join(d['text/plain']) for d in shown if 'text/plain' in d]
-    each = pd.read_parquet(tmp_path/'run/metrics.parquet')
+    each = pd.read_parquet(tmp_path/'run/values.parquet')
     assert '*58.4*' in text and r'\cite{cadic2025} & 58.4' in (tmp_path/'run/table.tex').read_text()      # as printed
     traces = pd.read_csv(tmp_path/'run/traces.csv')
     assert (traces['commit'] == 'c0ffee00').all() and len(each) == len(traces) == (2 if few else 6)

@@ -51,6 +51,10 @@ class Compare(View):
         short = lambda p: '/'.join(Path(str(p)).parts[-3:])
         names = [r.of(cls).index['image'].map(short).tolist() for r in (self.a, self.b)]
         if names[0] != names[1]: raise PartError(f'{cls}: the two runs have different test images.')
+        made = [r.of(cls).preprocess for r in (self.a, self.b)]
+        if made[0].box(3000, 2000) != made[1].box(3000, 2000):      # of an image of any shape
+            raise PartError(f'{cls}: the two runs look at different parts of the images: crop {made[0].crop} of '
+                            f'{made[0].size}, crop {made[1].crop} of {made[1].size}. Compare runs with the same crop.')
         grids = [np.asarray(pixel_maps(np.array(r.maps(cls)), size, 1.)) for r in (self.a, self.b)]
         ranks = [as_ranks(g) for g in grids]
         change = np.abs(ranks[0] - ranks[1]).mean((1, 2))

@@ -4,13 +4,15 @@
 
 # %% ../../nbs/analysis/958_of_runs.ipynb #dba574cd
 from __future__ import annotations
-import functools, inspect
+import copy, functools, inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import plotly.express as px
+from scipy import stats
+from sklearn.metrics import average_precision_score
 
 from . import calibration as _calibration, forgetting as _forgetting, replication, svd as _svd
 from . import tail_gradient as _tail
@@ -18,6 +20,8 @@ from .report import ReportError, check_run, find_runs, run_result, tabulate
 from .separation import contributions, separation_table, spread_of
 from .similarity import frechet_distance, mahalanobis_distance, similarity_table
 from .spatial import places
+from ..evaluate.stages import score_maps
+from ..features.pseudo import patch_masks
 from ..parts import PartError, Registry, nearest
 from ..views.scores import OpenRun
 from ..workbook.figures import TEMPLATE
@@ -202,15 +206,32 @@ def _lora(run) -> dict:
         except ValueError: continue              # the first task has none, or the rank is 0
     return out
 
+def _worth(before, after, ranks, device) -> pd.DataFrame:
+    "Patch AP of every class of a run, with the weights of another and so many directions of what they became."
+    before, after, rows = OpenRun(before).stage.detector, OpenRun(after), []
+    model = copy.deepcopy(after.stage.detector)
+    full = max(min(w.shape) for w, _ in _svd.weight_changes(before, model).values())
+    for r, state in _svd.truncations(before, after.stage.detector, sorted({*ranks, full}), device):
+        model.load_state_dict(state)
+        for c, f, g in parts_of(after, split='test'):
+            if (bad := patch_masks(f).numpy()).any():
+                maps = score_maps(model, f, [g] * len(f)).numpy()
+                rows.append({'rank': r, 'class': c, 'patch_ap': average_precision_score(bad.ravel(), maps.ravel())})
+    return pd.DataFrame(rows).set_index(['rank', 'class'])
+
 @ANALYSES.register('svd')
 def svd(runs,
     draws: int = 8,            # random matrices
+    ranks: tuple[int, ...] = (0, 1, 4, 16, 64),  # of the truncated changes that are scored, beside all of it
     rank: int | None = None,   # only so many singular values, by a randomized SVD; None: all, exact
     device: str = 'cpu',       # where they are computed
 ) -> Found:
-    "Spectra of what each task's LoRA adds; of two runs named `before` and `after` of what the weights became."
-    of = labelled(runs)
-    if set(of) == {'before', 'after'}: changes = {'after': _svd.weight_changes(_only(of, 'before'), _only(of, 'after'))}
+    """Spectra of what each task's LoRA adds; of two runs named `before` and `after` of what the weights became, and the
+    patch AP that a rank of it is worth (`worth`: a row per rank, the last one full, and class)."""
+    of, worth = labelled(runs), None
+    if set(of) == {'before', 'after'}:
+        two = _only(of, 'before'), _only(of, 'after')
+        changes, worth = {'after': _svd.weight_changes(*two)}, _worth(*two, ranks, device)
     else:
         models = opened(runs)
         changes = {c if len(models) == 1 else f'{n}: {c}': v for n, r in models.items() for c, v in _lora(r).items()}
@@ -223,7 +244,19 @@ def svd(runs,
                         for s in _svd.spectra({k: d for k, (_, d) in v.items()}, rank, device).values()])
     fig = px.line(curves.groupby(['of', 'rank'])['energy'].mean().reset_index(), x='rank', y='energy', color='of',
                   template=TEMPLATE, title='Energy of the change in its leading singular values, mean over layers')
-    return Found({'spectra': pd.concat(tables).set_index(['of', 'layer'])}, {'energy': fig})
+    found = Found({'spectra': pd.concat(tables).set_index(['of', 'layer'])}, {'energy': fig})
+    if worth is not None:
+        found.tables['worth'] = worth
+        found.figures['worth'] = px.line(worth.reset_index().astype({'rank': str}), x='rank', y='patch_ap',
+                                         color='class', markers=True, template=TEMPLATE,
+                                         title='Patch AP by the rank of the change')
+    return found
+
+def _follows(sizes: pd.DataFrame) -> pd.DataFrame:
+    "Pearson's r of the change with each shift over classes, two-sided p over all permutations (at least 2/n!), n."
+    tests = {k: stats.pearsonr(sizes['change'], sizes[k], method=stats.PermutationMethod(rng=0))
+             for k in ('frechet', 'mahalanobis')}
+    return pd.DataFrame({k: {'r': t.statistic, 'p': t.pvalue, 'n': len(sizes)} for k, t in tests.items()}).T
 
 @ANALYSES.register('similarity')
 @_of_each
@@ -248,7 +281,11 @@ def similarity(run: OpenRun,
         cells.loc[a, b] = cells.loc[b, a] = v
     summary = alike.assign(clear=alike['p'] <= .05).groupby(['pair', 'statistic'], sort=False)[
         ['value', 'null', 'z', 'clear']].mean()
-    return Found({'alike': summary, 'layers': alike, 'sizes': pd.DataFrame(sizes).set_index('class')},
+    sizes = pd.DataFrame(sizes).set_index('class')
+    tables = {'alike': summary, 'layers': alike, 'sizes': sizes}
+    others = sizes.drop(index=first, errors='ignore')        # a class has no shift from itself
+    if len(others) > 2: tables['shift'] = _follows(others)
+    return Found(tables,
                  {'cka': _forgetting.heat_map(cells, 'Unbiased CKA of the LoRA of two tasks')})
 
 # %% ../../nbs/analysis/958_of_runs.ipynb #edd40e2d

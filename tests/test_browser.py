@@ -284,6 +284,11 @@ class Explorer:
             self.page.mouse.move(x + dx * side, y + dy * side, steps=4)
         self.page.mouse.up()
 
+    def events(self):
+        "What plotly tells its widget, figure by figure."
+        return self.page.evaluate("""[...document.querySelectorAll('.jupyter-widgets .js-plotly-plot')].map(
+            plot => Object.keys(plot._ev._events))""")
+
     def leave(self):
         "Closes its widgets: the next notebook on this kernel would load them all again."
         try: self.page.evaluate("""Promise.race([new Promise(done => setTimeout(done, 20000)),
@@ -527,6 +532,8 @@ def test_explorer(name, lab, runs, chromium):
             drive(page, runs)
             for k, v in page.milliseconds.items(): best[k] = min(best.get(k, v), v, key=lambda v: v['took'] / bound(v))
             page.record(name, best)
+            for told in page.events():           # a click and nothing that nobody asked for
+                assert 'plotly_click' in told and not {'plotly_hover', 'plotly_selected'} & {*told}, told
             assert not page.complaints(), page.complaints()
         except BaseException:
             page.screenshot(f'{name}_failed')

@@ -76,7 +76,8 @@ def _of_each(make):
     "An analysis of one opened run, asked of folders: with several runs, tables below each other with a column `run`."
     @functools.wraps(make)
     def ask(runs, **more):
-        if isinstance(runs, OpenRun): return make(runs, **more)
+        if isinstance(runs, OpenRun):
+            with runs.turn: return make(runs, **more)
         found = {n: make(r, **more) for n, r in opened(runs).items()}
         if len(found) == 1: return next(iter(found.values()))
         names = dict.fromkeys(k for f in found.values() for k in f.tables)
@@ -206,23 +207,23 @@ def _lora(run) -> dict:
         except ValueError: continue              # the first task has none, or the rank is 0
     return out
 
-def _worth(before, after, ranks, device) -> pd.DataFrame:
+def _worth(before, after, ranks, device) -> pd.DataFrame | None: # None: no defects
     "Patch AP of every class of a run, with the weights of another and so many directions of what they became."
-    before, after, rows = OpenRun(before).stage.detector, OpenRun(after), []
+    after, rows = OpenRun(after), []
     model = copy.deepcopy(after.stage.detector)
     full = max(min(w.shape) for w, _ in _svd.weight_changes(before, model).values())
-    for r, state in _svd.truncations(before, after.stage.detector, sorted({*ranks, full}), device):
+    for r, state in _svd.truncations(before, after.stage.detector, [*(r for r in ranks if r < full), full], device):
         model.load_state_dict(state)
         for c, f, g in parts_of(after, split='test'):
             if (bad := patch_masks(f).numpy()).any():
                 maps = score_maps(model, f, [g] * len(f)).numpy()
                 rows.append({'rank': r, 'class': c, 'patch_ap': average_precision_score(bad.ravel(), maps.ravel())})
-    return pd.DataFrame(rows).set_index(['rank', 'class'])
+    return pd.DataFrame(rows).set_index(['rank', 'class']) if rows else None
 
 @ANALYSES.register('svd')
 def svd(runs,
     draws: int = 8,            # random matrices
-    ranks: tuple[int, ...] = (0, 1, 4, 16, 64),  # of the truncated changes that are scored, beside all of it
+    ranks: tuple[int, ...] = (0, 1, 4, 16, 64),  # of the changes that are scored, beside all of it; (): none
     rank: int | None = None,   # only so many singular values, by a randomized SVD; None: all, exact
     device: str = 'cpu',       # where they are computed
 ) -> Found:
@@ -231,7 +232,7 @@ def svd(runs,
     of, worth = labelled(runs), None
     if set(of) == {'before', 'after'}:
         two = _only(of, 'before'), _only(of, 'after')
-        changes, worth = {'after': _svd.weight_changes(*two)}, _worth(*two, ranks, device)
+        changes, worth = {'after': _svd.weight_changes(*two)}, _worth(*two, ranks, device) if ranks else None
     else:
         models = opened(runs)
         changes = {c if len(models) == 1 else f'{n}: {c}': v for n, r in models.items() for c, v in _lora(r).items()}
@@ -252,8 +253,9 @@ def svd(runs,
                                          title='Patch AP by the rank of the change')
     return found
 
+# %% ../../nbs/analysis/958_of_runs.ipynb #7a91c04e
 def _follows(sizes: pd.DataFrame) -> pd.DataFrame:
-    "Pearson's r of the change with each shift over classes, two-sided p over all permutations (at least 2/n!), n."
+    "Pearson's r of the change with each shift, two-sided p over all orders (of more than seven rows: 9,999), n."
     tests = {k: stats.pearsonr(sizes['change'], sizes[k], method=stats.PermutationMethod(rng=0))
              for k in ('frechet', 'mahalanobis')}
     return pd.DataFrame({k: {'r': t.statistic, 'p': t.pvalue, 'n': len(sizes)} for k, t in tests.items()}).T
@@ -283,7 +285,8 @@ def similarity(run: OpenRun,
         ['value', 'null', 'z', 'clear']].mean()
     sizes = pd.DataFrame(sizes).set_index('class')
     tables = {'alike': summary, 'layers': alike, 'sizes': sizes}
-    others = sizes.drop(index=first, errors='ignore')        # a class has no shift from itself
+    group = pd.Series({c: g for c, _, g in parts_of(run, split='train', label=0)})[sizes.index]
+    others = sizes[~group.duplicated()].drop(index=first, errors='ignore')    # one LoRA once; no shift from itself
     if len(others) > 2: tables['shift'] = _follows(others)
     return Found(tables,
                  {'cka': _forgetting.heat_map(cells, 'Unbiased CKA of the LoRA of two tasks')})

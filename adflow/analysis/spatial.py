@@ -107,7 +107,7 @@ def rings(
         if patches is not None:
             s, y = maps[:, at].ravel(), np.asarray(patches)[:, at].ravel().astype(int)
             both = 0 < y.sum() < len(y)
-            rows[r] |= {'defect_share': np.asarray(patches)[labels == 1][:, at].mean(),
+            rows[r] |= {'defect_share': np.asarray(patches)[labels == 1][:, at].mean() if labels.any() else np.nan,
                         'auroc': auroc(y, s) if both else np.nan,
                         'ap': average_precision_score(y, s) if both else np.nan}
     return pd.DataFrame(rows).T.rename_axis('distance')

@@ -62,8 +62,14 @@ class FeatureSet:
             if k not in self.index: raise PartError(f"there is no column '{k}'.{nearest(k, self.index.columns)}")
             one = np.isscalar(v) or v is None
             keep &= self.index[k].isin([v] if one else list(v)).to_numpy()
-        masks = None if self.given_masks is None else self.given_masks[keep]
-        return FeatureSet(self.index[keep].reset_index(drop=True), self.parts, self.at[keep], self.manifest,
+        return self.take(np.flatnonzero(keep))
+
+    def take(self,
+        rows,                    # positions
+    ) -> FeatureSet:             # a view, nothing is copied
+        "These rows, in this order."
+        masks = None if self.given_masks is None else self.given_masks[rows]
+        return FeatureSet(self.index.iloc[rows].reset_index(drop=True), self.parts, self.at[rows], self.manifest,
                           self.preprocess, self.device, masks, self.backbone)
 
     def _gather(self, rows, name):
@@ -78,10 +84,6 @@ class FeatureSet:
             out[mine] = self.parts[p][name][at[mine, 1]]
         return torch.from_numpy(out).to(self.device)
 
-    def spread(self, most: int = 64) -> list[int]:
-        "At most so many rows, spread evenly over the set."
-        return sorted({round(i) for i in torch.linspace(0, len(self) - 1, min(most, len(self))).tolist()})
-
     def batch(self, rows) -> Tensor:
         "`(b, H, W, D)` float32 on `device`, in the order of `rows` (positions, a slice of them, or a mask)."
         return self._gather(np.arange(len(self))[rows], 'features').float()
@@ -90,11 +92,17 @@ class FeatureSet:
         "`(b, S, D)` float32: CLS and registers; None if the backbone has none."
         return self._gather(np.arange(len(self))[rows], 'special').float() if 'special' in self.parts[0] else None
 
-    def pooled(self) -> Tensor:
-        "`(N, D)` float32: the mean over the grid, computed at extraction."
-        return self._gather(np.arange(len(self)), 'pooled')
-
 # %% ../../nbs/features/13_store.ipynb #c1ece599
+@patch
+def spread(self: FeatureSet, most: int = 64) -> list[int]:
+    "At most so many rows, spread evenly over the set."
+    return sorted({round(i) for i in torch.linspace(0, len(self) - 1, min(most, len(self))).tolist()})
+
+@patch
+def pooled(self: FeatureSet) -> Tensor:
+    "`(N, D)` float32: the mean over the grid, computed at extraction."
+    return self._gather(np.arange(len(self)), 'pooled')
+
 @patch
 def tokens(self: FeatureSet, rows) -> Tensor:
     "`(b, S + H·W, D)` float32: special tokens, if there are any, and patches as one sequence."

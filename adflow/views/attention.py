@@ -59,8 +59,9 @@ class Attention(View):
         if key not in self._seen:
             x, group = draw(self.features, [self.image], self.detector), self.groups[self.image]
             if len(self._seen) >= 8: self._seen.pop(next(iter(self._seen)))
-            errors = self.detector.group_maps(x, group)[:, 0].cpu().numpy()
-            self._seen[key] = decoder_inputs(self.detector, x, group), errors
+            with self.run.turn:
+                errors = self.detector.group_maps(x, group)[:, 0].cpu().numpy()
+                self._seen[key] = decoder_inputs(self.detector, x, group), errors
         return self._seen[key]
 
     @property
@@ -69,8 +70,10 @@ class Attention(View):
     def attention(self) -> AttentionMaps: # maps (1, H, W), specials (1, S), query
         "The effective attention of the token in the layer, averaged over the heads."
         tokens, _ = self.seen()
-        use_task(self.detector, self.detector.groups[self.groups[self.image]])
-        w = self.blocks[self.layer].mixer.attention_of(tokens[self.layer], self.token)[0].mean(0, keepdim=True).cpu()
+        with self.run.turn:
+            use_task(self.detector, self.detector.groups[self.groups[self.image]])
+            w = self.blocks[self.layer].mixer.attention_of(tokens[self.layer], self.token)[0]
+        w = w.mean(0, keepdim=True).cpu()
         s = self.detector.net.rebuild.specials
         return AttentionMaps(w[:, s:].unflatten(1, self.detector.grid), w[:, :s], self.token)
 

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from plotly.subplots import make_subplots
 from scipy.stats import rankdata
 
+from ..data.preprocess import image_size
 from ..evaluate.scoring import pixel_maps
 from ..parts import PartError
 from .living import Hush, LivingFigure, Once, View, cross, in_turn, link_panels, meanwhile, patch_cells
@@ -52,7 +53,8 @@ class Compare(View):
         names = [r.of(cls).index['image'].map(short).tolist() for r in (self.a, self.b)]
         if names[0] != names[1]: raise PartError(f'{cls}: the two runs have different test images.')
         made = [r.of(cls).preprocess for r in (self.a, self.b)]
-        if made[0].box(3000, 2000) != made[1].box(3000, 2000):      # of an image of any shape
+        files = {image_size(f) for f in self.a.of(cls).index['image']} if made[0] != made[1] else ()
+        if any(made[0].box(*s) != made[1].box(*s) for s in files):
             raise PartError(f'{cls}: the two runs look at different parts of the images: crop {made[0].crop} of '
                             f'{made[0].size}, crop {made[1].crop} of {made[1].size}. Compare runs with the same crop.')
         grids = [np.asarray(pixel_maps(np.array(r.maps(cls)), size, 1.)) for r in (self.a, self.b)]
@@ -143,5 +145,5 @@ def show(self: Compare):
         if t.type == 'heatmap':
             t.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))
     self.refresh()
-    meanwhile(*(functools.partial(self._kept, c) for c in self.classes))
+    meanwhile(self.living, *(functools.partial(self._kept, c) for c in self.classes))
     return W.VBox([W.HBox([cls, place]), self.living, self.text, Hush()])

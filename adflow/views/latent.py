@@ -75,7 +75,7 @@ def vectors(
         for i in range(0, len(rows), images):
             some = rows[i:i + images]
             if space == 'features': x = of.batch(some).cpu().numpy()
-            else: x = run.latents(of.where(image=of.index['image'].iloc[some].tolist()), group)[0]
+            else: x = run.latents(of.take(some), group)[0]
             mine = part[part['image'].isin(some)]
             if out is None: out = np.empty((len(table), x.shape[-1]), np.float32)
             out[mine.index] = x[np.searchsorted(some, mine['image']), mine['row'], mine['column']]
@@ -286,6 +286,6 @@ def show(self: Latent):
     self.living.on_outline(lambda outlines: self.select(self.inside(outlines)))
     self.living.data[0].on_click(lambda _, points, __: points.point_inds and self.select(points.point_inds))
     self.refresh('colour'); self.select(self.selected)
-    meanwhile(*(lambda s=s: self._planes((s, 'pca')) for s in SPACES))
+    meanwhile(self.living, *(lambda s=s: self._planes((s, 'pca')) for s in SPACES))
     return W.VBox([W.HBox([space, method, colour]), top, self.text, self.message, self.living, self.chosen, self.near,
                    Hush()])

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/views/945_living.ipynb #11355ed9
 from __future__ import annotations
-import collections, functools, threading
+import functools, threading
 
 import anywidget
 import numpy as np
@@ -46,14 +46,15 @@ class LivingFigure(go.FigureWidget):
     def on_outline(self,
         react,                       # function of a list of outlines, each (corners, 2) in data units; [] if taken away
     ):
-        "Reacts to what is drawn with lasso or box."
+        "Reacts to what is drawn with lasso or box; what was given last counts."
         self._outlined = react
 
     @observe('_js2py_relayout')
     def _handler_js2py_relayout(self, change):
         sent = (change['new'] or {}).get('relayout_data') or {}
-        if 'selections' in sent: self._outlined([_corners(s) for s in sent['selections']])   # first: plotly takes 50 ms
-        super()._handler_js2py_relayout(change)
+        try:                                             # first: plotly takes 50 ms
+            if 'selections' in sent: self._outlined([_corners(s) for s in sent['selections']])
+        finally: super()._handler_js2py_relayout(change)
 
 def _corners(s):
     if s['type'] == 'path': return np.array([c.split(',') for c in s['path'].strip('MZ').split('L')], float)
@@ -77,21 +78,22 @@ class Once:
     def __init__(self,
         make,                        # function of a key; what it raises is raised, and it is called again next time
     ):
-        self.make, self.values, self.locks = make, {}, collections.defaultdict(threading.Lock)
+        self.make, self.values, self.locks = make, {}, {}
 
     def __call__(self, key):
-        with self.locks[key]:
+        with self.locks.setdefault(key, threading.Lock()):
             if key not in self.values: self.values[key] = self.make(key)
         return self.values[key]
 
 def meanwhile(
+    living,                          # the widget it is for
     *steps,                          # functions, called one after the other
 ) -> threading.Thread:               # started
     """Does in a thread what may be asked for next. What fails there is left: it fails again, and is told, when it is
-    asked for. Ends with the step at which the main thread ends."""
+    asked for. Ends after the step during which the widget is closed or the main thread ends."""
     def work():
         for step in steps:
-            if not threading.main_thread().is_alive(): return
+            if living.comm is None or not threading.main_thread().is_alive(): return
             try: step()
             except Exception: pass
     thread = threading.Thread(target=work, name='adflow-meanwhile')

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from ..evaluate.names import METRICS
 from ..parts import PartError, nearest
-from .living import LivingFigure
+from .living import Hush, LivingFigure
 from .scores import demo_run
 from ..workbook.figures import COLOURS, TEMPLATE
 from ..workbook.params import ParamsError
@@ -231,4 +231,4 @@ def show(self: Runs):
     for w in (first, second): w.observe(lambda _: self.compare(), 'value')
     self.refresh(); self.compare()
     return W.VBox([query, W.HBox([sort, descending, least]), self.message, self.rows, self.living,
-                   W.HBox([first, second]), self.told])
+                   W.HBox([first, second]), self.told, Hush()])

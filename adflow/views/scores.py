@@ -72,8 +72,8 @@ def scored(self: OpenRun,
     for group in dict.fromkeys(groups.tolist()):
         rows = np.flatnonzero(groups == group)
         for part in (rows[i:i + n] for i in range(0, len(rows), n)):
-            some = features.where(image=features.index['image'].iloc[part].tolist())
-            with self.turn: out[part] = score_maps(self.stage.detector, some, [group] * len(part)).numpy()
+            some, own = features.take(part), [group] * len(part)
+            with self.turn: out[part] = score_maps(self.stage.detector, some, own).numpy()
     return out
 
 @patch
@@ -89,7 +89,7 @@ def _write_maps(self: OpenRun, cls):
     if not file.is_file():
         groups = self.sent['routed_group'][self.sent['class'] == cls].tolist()
         file.parent.mkdir(exist_ok=True)
-        temporary = file.with_name(f'.{cls}-{os.getpid()}.npy')
+        temporary = file.with_name(f'.{cls}-{os.getpid()}-{threading.get_ident()}.npy')
         np.save(temporary, self.scored(self.of(cls), groups))
         os.replace(temporary, file)
     return file
@@ -115,8 +115,8 @@ def threshold(self: OpenRun,
     fpr: float = .1,             # promised false alarm rate
 ) -> float:                      # of held-out normals; where too few were held out, the highest test normal
     "Where the slider starts."
-    held = self._held(cls)
-    if len(held) >= 1 / fpr - 1: return threshold_from_normals(scores(torch.from_numpy(held)), fpr)
+    held = self.features.where(split='validation', label=0, **{'class': cls})
+    if len(held) >= 1 / fpr - 1: return threshold_from_normals(scores(torch.from_numpy(self._held(cls))), fpr)
     normal = np.array(self.maps(cls)[self.labels(cls) == 0])
     return float(scores(torch.from_numpy(normal)).max())
 
@@ -187,7 +187,7 @@ def latent(self: OpenRun,
     "What the flow makes of a patch."
     if not has_latents(self.stage.detector): return {}
     group, of = self.sent['routed_group'][self.sent['class'] == cls].iloc[image], self.of(cls)
-    both = self.latents(of.where(image=[of.index['image'].iloc[image]]), group)
+    both = self.latents(of.take([image]), group)
     z, log_det = (torch.from_numpy(x[0, row, column, None]) for x in both)
     return {'‖z‖²': z.square().sum().item(), 'log-det': log_det.item(), 'NLL': patch_nll(z, log_det).item()}
 
@@ -383,7 +383,7 @@ def show(self: ScoreMaps):
             bounds()
             image.options = [(n, i) for i, n in enumerate(self.names)]
             image.value = self.image
-            meanwhile(functools.partial(self.run.bank, value))
+            meanwhile(self.living, functools.partial(self.run.bank, value))
         elif name == 'image': self.image, self.patch = value, None
         elif name == 'k': self.aggregate(value); bounds()
         else: self.limit = value
@@ -392,6 +392,6 @@ def show(self: ScoreMaps):
     heat = next(t for t in self.living.data if t.name == 'map')
     heat.on_click(lambda _, points, __: points.point_inds and self.look(*points.point_inds[0]))
     self.refresh(())
-    steps = [functools.partial(f, c) for c in self.run.classes for f in (self.run.maps, self.run._held)]
-    meanwhile(functools.partial(self.run.bank, self.cls), *steps)
+    meanwhile(self.living, functools.partial(self.run.bank, self.cls), *(
+        lambda c=c: (self.run.maps(c), self.run.threshold(c, self.score_of)) for c in self.run.classes))
     return W.VBox([W.HBox([cls, image]), W.HBox([k, limit]), self.text, self.living, self.inner, self.near, Hush()])
